@@ -44,6 +44,7 @@ from minisrv.progress import StartupProgress
 from minisrv.tools.batch_answers import Batch
 from minisrv.tools.batch_sources import Source, assumed
 from minisrv.tools.environment import environment
+from minisrv.tools.output_files import check_output
 from minisrv.tools.plan import print_answers
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def run_ladder(
     Raises the errors of the settings and of the start-up, and ConfigError for a budget with which
     no ladder holds every batch.
     """
+    check_output(ladder.json, ladder.plot)
     measured = _measure(config) if ladder.measure else None
     ladders = _present(config, source)
     if batches:

@@ -34,7 +34,8 @@ from minisrv.errors import ConfigError
 from minisrv.modes import CUDAGraphMode
 from minisrv.progress import StartupProgress
 from minisrv.tools.bench.measure import ModeResult, Report, SizeResult, run_bench
-from minisrv.tools.bench.report import check_output, save_json, subject
+from minisrv.tools.bench.report import save_json, subject
+from minisrv.tools.output_files import check_output
 
 EAGER = CUDAGraphMode.NONE.name
 
@@ -94,7 +95,7 @@ def launch_cost(engine: EngineConfig, settings: BenchConfig) -> None:
 
     Raises the errors of `tools.bench.bench`, and ConfigError for settings with a compilation mode.
     """
-    check_output(settings)
+    check_output(settings.json, settings.plot)
     if engine.compilation_mode:
         raise ConfigError(
             "launch-cost explains the launches of the model's own code; leave out "

@@ -112,6 +112,8 @@ def test_assumed_batches_are_told(kind: str, capsys: pytest.CaptureFixture[str])
         (["--enforce-eager"], "there is no ladder"),
         (["--num-sizes", "2", "--num-graphs", "9"], "exclude each other"),
         (["--graph-memory", "9M"], "needs the memory of graphs"),
+        (["--json", "/none/a.json"], "there is no directory /none"),
+        (["--plot", "a.nope"], "a plot's name ends in one of"),
         (["--trace", "t", "--url", "u"], "give one"),
         (["--trace", "/none"], "--trace /none cannot be read"),
         (

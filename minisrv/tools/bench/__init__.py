@@ -8,7 +8,8 @@ from __future__ import annotations
 from minisrv.config import BenchConfig, EngineConfig
 from minisrv.progress import StartupProgress
 from minisrv.tools.bench.measure import run_bench
-from minisrv.tools.bench.report import check_output, print_report, save_json, save_plot
+from minisrv.tools.bench.report import print_report, save_json, save_plot
+from minisrv.tools.output_files import check_output
 
 
 def bench(engine: EngineConfig, settings: BenchConfig) -> None:
@@ -17,7 +18,7 @@ def bench(engine: EngineConfig, settings: BenchConfig) -> None:
     Raises the errors of start-up (ConfigError, ModelError, GraphError), and ConfigError for sizes
     that do not fit and, before anything runs, for files that could not be written.
     """
-    check_output(settings)
+    check_output(settings.json, settings.plot)
     progress = StartupProgress()
     try:
         report = run_bench(engine, settings, progress)

@@ -15,8 +15,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from minisrv.config import BenchConfig
-from minisrv.errors import ConfigError
 from minisrv.graph.observer import StepPart
 from minisrv.tools.bench.measure import COMPILED, Ratio, Report, SizeResult
 
@@ -67,25 +65,6 @@ def save_json(report: msgspec.Struct, path: Path) -> None:
     """Write a whole report as JSON, the medians of all blocks included."""
     text = json.dumps(_rounded(msgspec.to_builtins(report, enc_hook=str)), indent=1)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def check_output(settings: BenchConfig) -> None:
-    """Raise ConfigError, before anything is measured, for a file that could not be written
-    afterwards."""
-    for path in (settings.json, settings.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: there is no directory {path.parent}; make it first.")
-    if settings.plot is None:
-        return
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib; install it with: pip install matplotlib."
-        ) from error
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if settings.plot.suffix.removeprefix(".") not in formats:
-        raise ConfigError(f"{settings.plot}: a plot's name ends in one of: {', '.join(formats)}.")
 
 
 def save_plot(report: Report, path: Path) -> None:
