@@ -328,7 +328,7 @@ async def test_a_forced_call_is_prepared_in_a_thread(
 ) -> None:
     """A grammar for tool calls is always prepared in a thread, as even a small schema may take
     long."""
-    prepare = Threads(monkeypatch, serving, "render_chat")
+    prepare = Threads(monkeypatch, serving, "tool_parser")
     async with connect(outputs([300])) as client:
         body = {"messages": [USER], "tools": [FUNCTION], "tool_choice": "required"}
         await client.post("/v1/chat/completions", json=body)
