@@ -411,14 +411,14 @@ def test_right_steps_agree(
     blocks: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2,000 steps in all, with prefix hits, grammars and aborts, and with preemptions where blocks
-    are few, and with them the steps that can be verified."""
+    """Hundreds of steps with prefix hits, grammars and aborts, and with preemptions where blocks are
+    few, and with them the steps that can be verified."""
     monkeypatch.setattr(background, "TURN", turn)
     settings = {"async_scheduling": ahead, "num_kv_blocks": blocks}
     engine = start(Model(checkpoint, device, mode), verify_graphs=1.0, **settings)
     requests, draw, counts = traffic(int(ahead)), random.Random(1), engine.verification.counts
     open_requests: list[str] = []
-    while counts.get("agreed", 0) < (100 if blocks == FEW_BLOCKS else 380):
+    while counts.get("agreed", 0) < 100:
         while len(open_requests) < 12 and engine.has_room:
             new = next(requests)
             engine.add(new)
