@@ -411,8 +411,8 @@ def test_right_steps_agree(
     blocks: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hundreds of steps with prefix hits, grammars and aborts, and with preemptions where blocks are
-    few, and with them the steps that can be verified."""
+    """Hundreds of steps with prefix hits, grammars and aborts; where blocks are few, and with them
+    the steps that can be verified, also with preemptions."""
     monkeypatch.setattr(background, "TURN", turn)
     settings = {"async_scheduling": ahead, "num_kv_blocks": blocks}
     engine = start(Model(checkpoint, device, mode), verify_graphs=1.0, **settings)
