@@ -1,11 +1,11 @@
-"""What the step trace costs a step: the same steps of one engine with and without it, by turns.
+"""What the step trace costs a step: the same steps of an engine with it and of one without it.
 
     python benchmarks/step_trace.py --json out.json
 
-A block of steps runs with the trace and one without it, in an order that cancels drift, in this
-process, so that the difference of some microseconds is not lost in that between two servers. The
-cost of a reader is that of one answer to it, with its encoding: a reader that follows asks four
-times a second, and gets the steps that have been retired meanwhile.
+The two run blocks of steps by turns, in an order that cancels drift, in this process, so that the
+difference of some microseconds is not lost in that between two servers. The cost of a reader is
+that of one answer to it, with its encoding: a reader that follows asks four times a second, and
+gets the steps that have been retired meanwhile.
 """
 
 from __future__ import annotations
@@ -55,17 +55,14 @@ def block_us(engine: EngineCore) -> float:
     return 1e6 * median(times)
 
 
-def measure(engine: EngineCore, rounds: int) -> tuple[list[float], list[float]]:
-    """Return the median microseconds of a step of each block with the trace, and without it."""
-    observers, counters = list(engine.observers), engine.counters
-    trace = counters._trace
+def measure(
+    traced: EngineCore, untraced: EngineCore, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Return the median microseconds of a step of each block of the two engines."""
     found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
-        for traced in (True, False, False, True) if number % 2 else (False, True, True, False):
-            engine.observers[:] = observers if traced else []
-            counters._trace = trace if traced else None
-            found[traced].append(block_us(engine))
-    engine.observers[:], counters._trace = observers, trace
+        for is_traced in (True, False, False, True) if number % 2 else (False, True, True, False):
+            found[is_traced].append(block_us(traced if is_traced else untraced))
     return found[True], found[False]
 
 
@@ -88,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of two blocks each way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    tokens = 4 * BLOCK * options.rounds + 3
+    tokens = 2 * BLOCK * options.rounds + 3
     model = [] if options.model is None else [options.model]
     config = replace(
         engine_config([*model, *shlex.split(options.engine_flags)]),
@@ -96,14 +93,18 @@ def main() -> None:
         max_model_len=PROMPT + tokens,
         cudagraph_capture="whole",
     )
-    engine = EngineCore(build_engine(config))
-    submit(engine, options.streams, tokens)
-    block_us(engine)  # the processor's caches, and the first steps of the run
-    on, off = measure(engine, options.rounds - 1)
+    traced, untraced = (
+        EngineCore(build_engine(replace(config, step_trace=kept)))
+        for kept in (config.step_trace, 0)
+    )
+    for engine in (traced, untraced):
+        submit(engine, options.streams, tokens)
+        block_us(engine)  # the processor's caches, and the first steps of the run
+    on, off = measure(traced, untraced, options.rounds - 1)
     differences = [a - b for a, b in zip(on, off, strict=True)]
     step, cost = median(off), median(differences)
     number = round(1e6 * POLL_SECONDS / step)
-    answer = answer_us(engine, min(number, 128))
+    answer = answer_us(traced, min(number, 128))
     share = 100 * answer / (1e6 * POLL_SECONDS)
     print(f"{options.streams} streams, {len(on)} blocks of {BLOCK} steps each way")
     print(f"a step without the trace: {step:.0f} us (median of the blocks)")
