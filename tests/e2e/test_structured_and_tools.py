@@ -179,7 +179,7 @@ def test_random_schemas_beside_each_other(client: openai.OpenAI) -> None:
     [
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs"),
-        ({"extra_body": {"guided_json": {}}}, "guided_json"),
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
     ],
 )
 def test_what_is_refused(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:

@@ -217,7 +217,7 @@ def test_simulation_changes_no_token_and_says_so(checkpoint, waits, caplog):
         outputs = []
         while engine.has_work:
             outputs += engine.step()
-        tokens[us] = outputs
+        tokens[us] = [(each.request_id, each.token_ids, each.logprobs) for each in outputs]
         assert engine.info.simulated_launch_us == us
         assert ("SIMULATED: every launch takes 3 us longer" in caplog.text) == bool(us)
     assert tokens[0.0] == tokens[3.0]
