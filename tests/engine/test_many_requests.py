@@ -18,6 +18,7 @@ def test_one_step_ahead(device, number):
     before the next, except where rounding decides."""
     tape = make_tape(number, 4096, seed=2)
     settings = {"device": device, "max_waiting": len(tape), **LIMITS}
+    settings["cudagraph_capture"] = "whole"  # trials of a filling hold blocks when there is time
     ahead = play(tape, EngineConfig(async_scheduling=True, **settings))
     waiting = play(tape, EngineConfig(async_scheduling=False, **settings))
     total = parted = 0
