@@ -172,8 +172,7 @@ class LadderFilling:
         return None
 
     def _has_memory(self, key: GraphKey) -> bool:
-        """Whether there is memory for a graph; if not, none are captured for a
-        while."""
+        """Whether there is memory for a graph; if not, none are captured for a while."""
         needed = predicted_bytes([key], self._runner.graphs)
         has_room = self._has_room(needed)
         if not has_room:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from minisrv.core.batch_counts import BatchCounter
+from minisrv.core.batch_counts import BatchCounter, BatchCounts
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatch
@@ -36,22 +36,6 @@ ERROR_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Upper bounds of the buckets for relative errors of predicted times."""
 TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Upper bounds of the buckets for numbers of tokens of a step, which are vLLM's."""
-
-
-class _Counts:
-    """The counts of a `Histogram`."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def add(self, number: float) -> None:
-        self._counts[bisect_left(self._bounds, number)] += 1
-        self._total += number
-
-    def histogram(self) -> Histogram:
-        return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
 class _Course:
@@ -146,7 +130,8 @@ class StepCounters:
         self._sizes: dict[tuple[bool, int], list[int]] = {}
         """Steps and padding tokens, by whether the batch only decodes and the size of the graph."""
         self._budgets: dict[BudgetReason, list[int]] = {}
-        self._errors, self._tokens = _Counts(ERROR_BOUNDS), _Counts(TOKEN_BOUNDS)
+        self._errors = [0] * (len(ERROR_BOUNDS) + 1)
+        self._total_error = 0.0
         self._open: dict[str, _Open] = {}
         self._num_courses = 0
         self._begun: dict[str, _Open] = {}
@@ -186,7 +171,6 @@ class StepCounters:
             of_size = self._sizes.setdefault(key_of_size, [0, 0])
             of_size[0] += 1
             of_size[1] += num_padded
-        self._tokens.add(step.num_tokens)
         decode = step.query_len is not None
         self._batches.count(step.num_tokens, step.num_rows, decode=decode)
         num_prefill_tokens = step.num_tokens - step.num_decodes
@@ -204,10 +188,10 @@ class StepCounters:
         key = f"{mode}/{reason}{'/compiled' if compiled else ''}"
         self._pending[key] = self._pending.get(key, 0) + 1
         if self._num_courses:
-            rung = dispatch.descriptor.num_tokens
-            counts = self._pending_rungs.setdefault((mode, rung, generation), [0, 0])
+            rung = mode, descriptor.num_tokens, generation
+            counts = self._pending_rungs.setdefault(rung, [0, 0])
             counts[0] += 1
-            counts[1] += rung - step.num_tokens
+            counts[1] += num_padded
         return None if self._trace is None else self._trace.launch(step, dispatch, generation)
 
     def _note_admissions(self, step: SchedulerOutput) -> None:
@@ -258,7 +242,9 @@ class StepCounters:
         if self._budget.has_target and not waits_for_host:
             sample = StepSample(dispatch.key, step.work, taken.busy_ms)
             if predicted_ms := self.cost_model.predict(sample.key, sample.work):
-                self._errors.add(abs(predicted_ms / taken.busy_ms - 1))
+                error = abs(predicted_ms / taken.busy_ms - 1)
+                self._errors[bisect_left(ERROR_BOUNDS, error)] += 1
+                self._total_error += error
             self.cost_model.observe(sample)
         if self._num_courses:
             self._note_first_tokens(step)
@@ -310,9 +296,18 @@ class StepCounters:
             ],
             compiled_steps=self._compiled_steps,
             budgets=[BudgetCount(why.value, *counts) for why, counts in self._budgets.items()],
-            step_time_errors=self._errors.histogram(),
-            tokens_of_steps=self._tokens.histogram(),
+            step_time_errors=Histogram(ERROR_BOUNDS, tuple(self._errors), self._total_error),
+            tokens_of_steps=self._tokens_of_steps(batches),
         )
+
+    def _tokens_of_steps(self, batches: BatchCounts) -> Histogram:
+        """Return the numbers of real tokens of steps: one of each request that decodes, and the
+        size of any other batch. No size is rounded over the bound of a bucket."""
+        counts = [0] * (len(TOKEN_BOUNDS) + 1)
+        for sizes in (batches.decode, batches.mixed):
+            for size, steps in sizes.items():
+                counts[bisect_left(TOKEN_BOUNDS, size)] += int(steps)
+        return Histogram(TOKEN_BOUNDS, tuple(counts), sum(step[1] for step in self._steps.values()))
 
     def _write(self) -> None:
         if not self._pending:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from minisrv.core.batch_counts import BatchCounter
+from bisect import bisect_left
+
+from minisrv.core.batch_counts import BatchCounter, rounded_size
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel
 from minisrv.core.dispatcher import Dispatch
@@ -10,7 +12,7 @@ from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.messages import SizeCount
-from minisrv.engine.step_counters import StepCounters
+from minisrv.engine.step_counters import TOKEN_BOUNDS, StepCounters
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
 from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 
@@ -124,3 +126,10 @@ def test_steps_are_counted_by_size_and_by_their_tokens() -> None:
     assert {bound: count for bound, count in counts.items() if count} == {1: 2, 8: 2}
     assert tokens.total == 13
     assert stats.generated_tokens == 3
+
+
+def test_no_size_is_rounded_over_the_bound_of_a_bucket() -> None:
+    """The numbers of tokens of steps are told by the sizes of their batches, which are rounded."""
+    for size in range(1, 2 * TOKEN_BOUNDS[-1]):
+        bucket = bisect_left(TOKEN_BOUNDS, size)
+        assert bisect_left(TOKEN_BOUNDS, rounded_size(size)) == bucket
