@@ -55,12 +55,13 @@ from minisrv.server.tools import (
     CalledFunction,
     Function,
     LongName,
-    NamedTool,
     Tool,
     ToolCall,
+    ToolChoice,
 )
 from minisrv.server.translated_chat import (
     TranslatedChat,
+    allowed_tools,
     answer,
     named_tool,
     text_part,
@@ -502,18 +503,7 @@ class ResponsesRequest(RequestBody):
                 "top_logprobs",
                 "top_logprobs is only allowed when include holds message.output_text.logprobs.",
             )
-        if isinstance(self.tool_choice, AllowedTools):
-            unknown = self.allowed_names - {tool.name for tool in self.tools}
-            if unknown:
-                name = sorted(unknown)[0]
-                raise refuse("tool_choice", f"tool_choice names {name}, which is not one of tools.")
         return self
-
-    @property
-    def allowed_names(self) -> set[str]:
-        """The names of the functions that the model may call."""
-        allowed = self.tool_choice if isinstance(self.tool_choice, AllowedTools) else self
-        return {tool.name for tool in allowed.tools}
 
     @property
     def refers(self) -> bool:
@@ -536,12 +526,12 @@ class ResponsesRequest(RequestBody):
         return self.reasoning is not None and self.reasoning.summary is not None
 
     @property
-    def _choice(self) -> Literal["none", "auto", "required"] | NamedTool | None:
+    def _choice(self) -> ToolChoice | None:
         choice = self.tool_choice
         if isinstance(choice, FunctionChoice):
             return named_tool(choice.name)
         if isinstance(choice, AllowedTools):
-            return choice.mode
+            return allowed_tools(choice.mode, [tool.name for tool in choice.tools])
         return None if choice == "auto" and not self.tools else choice
 
     def as_chat(self, said: Sequence[SaidItem]) -> ResponsesChat:
@@ -556,7 +546,7 @@ class ResponsesRequest(RequestBody):
         return ResponsesChat.of(
             self,
             messages=messages,
-            tools=[tool.as_tool() for tool in self.tools if tool.name in self.allowed_names],
+            tools=[tool.as_tool() for tool in self.tools],
             tool_choice=self._choice,
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,

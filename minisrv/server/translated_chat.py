@@ -8,8 +8,8 @@ Knows: what a chat consists of. Knows no other API.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
@@ -17,7 +17,13 @@ from minisrv.server.errors import validation_error
 from minisrv.server.messages import Message, TextPart
 from minisrv.server.request_schemas import ChatCompletionRequest
 from minisrv.server.strict import RequestBody
-from minisrv.server.tools import FunctionName, NamedTool, ToolCall
+from minisrv.server.tools import (
+    AllowedTools,
+    AllowedToolsChoice,
+    FunctionName,
+    NamedTool,
+    ToolCall,
+)
 
 
 class TranslatedChat(ChatCompletionRequest):
@@ -58,3 +64,9 @@ def text_part(text: str) -> TextPart:
 def named_tool(name: str) -> NamedTool:
     """Return the choice of the tool of this name, which has been validated."""
     return NamedTool(type="function", function=FunctionName.model_construct(name=name))
+
+
+def allowed_tools(mode: Literal["auto", "required"], names: Iterable[str]) -> AllowedToolsChoice:
+    """Return the choice among the tools of these names, which have been validated."""
+    tools = AllowedTools(mode=mode, tools=list(map(named_tool, names)))
+    return AllowedToolsChoice(type="allowed_tools", allowed_tools=tools)
