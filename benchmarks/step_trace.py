@@ -1,11 +1,11 @@
-"""What the step trace costs a step: the same steps of an engine with it and of one without it.
+"""What the step trace costs a step: the same steps of two engines with it and of two without it.
 
     python benchmarks/step_trace.py --json out.json
 
-The two run blocks of steps by turns, in an order that cancels drift, in this process, so that the
-difference of some microseconds is not lost in that between two servers. The cost of a reader is
-that of one answer to it, with its encoding: a reader that follows asks four times a second, and
-gets the steps that have been retired meanwhile.
+They run blocks of steps by turns in this process, in an order that cancels drift, and are made in
+one that cancels what an engine's place in memory does to its steps, which is more than the trace
+does. The cost of a reader is that of one answer to it, with its encoding: a reader that follows
+asks four times a second, and gets the steps that have been retired meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -55,14 +56,13 @@ def block_us(engine: EngineCore) -> float:
     return 1e6 * median(times)
 
 
-def measure(
-    traced: EngineCore, untraced: EngineCore, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Return the median microseconds of a step of each block of the two engines."""
+def measure(engines: Sequence[EngineCore], rounds: int) -> tuple[list[float], list[float]]:
+    """Return the median microseconds of a step of each block of the engines with a trace, and of
+    those without one."""
     found: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds):
-        for is_traced in (True, False, False, True) if number % 2 else (False, True, True, False):
-            found[is_traced].append(block_us(traced if is_traced else untraced))
+        for engine in engines[:: 1 if number % 2 else -1]:
+            found[engine.step_trace is not None].append(block_us(engine))
     return found[True], found[False]
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of two blocks each way")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    tokens = 2 * BLOCK * options.rounds + 3
+    tokens = BLOCK * options.rounds + 3
     model = [] if options.model is None else [options.model]
     config = replace(
         engine_config([*model, *shlex.split(options.engine_flags)]),
@@ -93,18 +93,18 @@ def main() -> None:
         max_model_len=PROMPT + tokens,
         cudagraph_capture="whole",
     )
-    traced, untraced = (
-        EngineCore(build_engine(replace(config, step_trace=kept)))
-        for kept in (config.step_trace, 0)
-    )
-    for engine in (traced, untraced):
+    kept = config.step_trace
+    engines = [
+        EngineCore(build_engine(replace(config, step_trace=size))) for size in (kept, 0, 0, kept)
+    ]
+    for engine in engines:
         submit(engine, options.streams, tokens)
         block_us(engine)  # the processor's caches, and the first steps of the run
-    on, off = measure(traced, untraced, options.rounds - 1)
+    on, off = measure(engines, options.rounds - 1)
     differences = [a - b for a, b in zip(on, off, strict=True)]
     step, cost = median(off), median(differences)
     number = round(1e6 * POLL_SECONDS / step)
-    answer = answer_us(traced, min(number, 128))
+    answer = answer_us(engines[0], min(number, 128))
     share = 100 * answer / (1e6 * POLL_SECONDS)
     print(f"{options.streams} streams, {len(on)} blocks of {BLOCK} steps each way")
     print(f"a step without the trace: {step:.0f} us (median of the blocks)")
