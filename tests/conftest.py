@@ -75,7 +75,7 @@ def nothing_stays_frozen() -> Iterator[None]:
     yield
     num_frozen = gc.get_freeze_count()
     gc.unfreeze()
-    assert not num_frozen
+    assert num_frozen < 10_000  # from Python 3.12 on, what is never freed counts: some hundreds
 
 
 @pytest.fixture(autouse=True, scope="session")

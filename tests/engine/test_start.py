@@ -97,7 +97,7 @@ def test_garbage_is_collected_while_an_engine_serves(tmp_path: Path) -> None:
         server.load(config, lambda: open_checkpoint(config), StartupClock())
         assert isinstance(server.state, Ready)
         assert gc.isenabled()
-        assert gc.get_freeze_count()
+        assert gc.get_freeze_count() > 10_000
     finally:
         server.close()
 
