@@ -31,7 +31,8 @@ class Fault(enum.StrEnum):
     another request."""
     LIVE_PADDING = "live-padding"
     """Padding belongs to a request, and not to nobody: the null index is taken for the first
-    request index, and the null slot for that of the first token of the step."""
+    request index, and the null slot for the last one in the block of the step's first token. (A
+    slot that a token of the step has too would be written twice, on a GPU in any order.)"""
     ADDRESS_DRIFT = "address-drift"
     """The graph reads an address at which the server no longer writes."""
 
@@ -65,9 +66,10 @@ def _stale_tail(runner: ModelRunner, key: GraphKey) -> tuple[Replay, Replay]:
 
 def _live_padding(runner: ModelRunner, key: GraphKey) -> tuple[Replay, Replay]:
     given, nobody = _padded(runner, key)
+    block_size = runner.buffers.sizes.block_size
 
     def before() -> None:
-        somebody = 1 if key[1].uniform_decode else given[0].clone()
+        somebody = 1 if key[1].uniform_decode else (given[0] // block_size + 1) * block_size - 1
         given.masked_fill_(given == nobody, somebody)
 
     return before, _nothing
