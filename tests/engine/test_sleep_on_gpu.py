@@ -31,6 +31,7 @@ def test_tokens_are_the_same_and_memory_was_free(mode: str, steps_ahead: bool) -
         max_num_seqs=4,
         max_num_batched_tokens=64,
         kv_cache_memory=KV_CACHE,
+        cudagraph_capture="whole",  # graphs of other sizes, which come later, round differently
     )
     before = tokens(llm)
     arenas = llm.engine.sleeper._arenas.values()
