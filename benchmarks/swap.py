@@ -73,9 +73,10 @@ class Phases:
         self.began = [(clock(), first)]
 
     def note(self, phase: str) -> None:
-        """Note the phase at this moment."""
+        """Note the phase at this moment, and say that it has begun."""
         if phase != self.now:
             self.began.append((clock(), phase))
+            print(f"{phase} after {clock() - self.began[0][0]:.1f} s", file=sys.stderr)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -151,6 +152,7 @@ def run(
         try:
             with server:
                 ready_s = server.wait_ready(PATIENCE_S)
+                print(f"{first}: ready after {ready_s:.1f} s", file=sys.stderr)
                 records, phases = asyncio.run(_measure(server.url, first, options, story))
         except LoadgenError as error:
             raise SystemExit(str(error)) from None
