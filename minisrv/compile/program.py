@@ -71,12 +71,26 @@ class Model(Protocol):
     dtype: torch.dtype
 
 
-class LoadedPiece:
-    """A piece whose package is loaded.
+class Piece:
+    """A piece that is called. This one does nothing: it stands for another where a program is
+    launched on tensors without memory.
 
     number: by which the op finds it, as long as it is referred to.
-    written: the indices of the arguments that it writes.
+    read, written: the indices of the arguments that it only reads, and of those that it writes.
     """
+
+    def __init__(self, package: artifacts.Package, num_arguments: int) -> None:
+        self.written = package.written
+        self.read = [i for i in range(num_arguments) if i not in package.written]
+        self.number = next(_numbers)
+        pieces_by_number[self.number] = self
+
+    def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """Run the piece on the arguments that it only reads and on those that it writes."""
+
+
+class LoadedPiece(Piece):
+    """A piece whose package is loaded."""
 
     def __init__(
         self,
@@ -89,6 +103,7 @@ class LoadedPiece:
         tried: returns the context in which its code is tried: when it is loaded, and when it runs
             for the first time.
         """
+        super().__init__(package, num_arguments)
         self._tried: Callable[[], AbstractContextManager[None]] | None = tried
         with tried(), _scratch_directory() as scratch:
             # What was checked is what is loaded. The loader takes a file, and unpacks it.
@@ -97,12 +112,8 @@ class LoadedPiece:
             # One thread runs it: no events are recorded between runs, which a capture would refuse.
             make = torch._C._aoti.AOTIModelPackageLoader
             self._package = make(str(file), "model", True, 1, -1)
-        self.written = package.written
-        self.read = [i for i in range(num_arguments) if i not in package.written]
         places = {index: place for place, index in enumerate([*self.read, *self.written])}
         self._order = [places[index] for index in range(num_arguments)]
-        self.number = next(_numbers)
-        loaded_pieces[self.number] = self
 
     def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
         """Run the piece on the arguments that it only reads and on those that it writes."""
@@ -133,15 +144,15 @@ def _scratch_directory() -> Iterator[FilePath]:
                 os.environ[_TEMPORARY] = before
 
 
-loaded_pieces: WeakValueDictionary[int, LoadedPiece] = WeakValueDictionary()
-"""The pieces that are loaded, by number."""
+pieces_by_number: WeakValueDictionary[int, Piece] = WeakValueDictionary()
+"""The pieces that can be called."""
 
 _numbers = count()
 
 
 def run_piece(read: list[Tensor], written: list[Tensor], *, piece: int) -> None:
-    """Run the loaded piece of this number."""
-    loaded_pieces[piece].run(read, written)
+    """Run the piece of this number."""
+    pieces_by_number[piece].run(read, written)
 
 
 piece_op = register_op(
@@ -163,7 +174,7 @@ class Program(Compiled):
     def __init__(
         self,
         description: Description,
-        pieces: Sequence[LoadedPiece],
+        pieces: Sequence[Piece],
         model: Model,
         between: Callable[[], None] = lambda: None,
     ) -> None:
@@ -242,20 +253,24 @@ class Program(Compiled):
     @classmethod
     def _load(cls, directory: FilePath, model: Model, between: Callable[[], None]) -> Program:
         description, packages = _read(directory)
-        sizes = {
-            call.piece: len(call.arguments)
-            for call in description.calls
-            if isinstance(call, PieceCall)
-        }
         # Nothing is loaded before all of it has been checked.
         pieces = []
-        for index, package in enumerate(packages):
+        for index, (package, size) in enumerate(zip(packages, _sizes(description), strict=True)):
             tried = partial(artifacts.tried, description.pieces[index].key)
-            pieces.append(LoadedPiece(package, sizes[index], tried))
+            pieces.append(LoadedPiece(package, size, tried))
             between()
         program = cls(description, pieces, model, between)
         logger.info("loaded %s", program.summary)
         return program
+
+    @classmethod
+    def rehearsed(cls, directory: FilePath, model: Model) -> Program:
+        """Return a program of the cache for a model on the meta device, whose pieces do nothing.
+        Raises CompilationError, OSError, RuntimeError or msgspec.MsgspecError if it cannot be
+        used."""
+        description, packages = _read(directory)
+        pieces = [Piece(*each) for each in zip(packages, _sizes(description), strict=True)]
+        return cls(description, pieces, model)
 
     @staticmethod
     def is_whole(directory: FilePath) -> bool:
@@ -370,6 +385,13 @@ def _read(directory: FilePath) -> tuple[Description, list[artifacts.Package]]:
     return description, packages
 
 
+def _sizes(description: Description) -> list[int]:
+    """Return the number of arguments of each piece."""
+    calls = [call for call in description.calls if isinstance(call, PieceCall)]
+    sizes = {call.piece: len(call.arguments) for call in calls}
+    return [sizes[index] for index in range(len(description.pieces))]
+
+
 _T = TypeVar("_T")
 _Call = Callable[[list[Tensor], list[Tensor]], None]
 
@@ -410,7 +432,7 @@ def _add_normed(eps: float) -> _Call:
     return call
 
 
-def _piece(piece: LoadedPiece) -> _Call:
+def _piece(piece: Piece) -> _Call:
     def call(read: list[Tensor], written: list[Tensor]) -> None:
         piece_op(read, written, piece=piece.number)
 

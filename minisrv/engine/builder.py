@@ -272,6 +272,7 @@ def build_engine(
             runner,
             pool,
             platform.make_backend,
+            compile_kernels=lambda program: compiled_meanwhile(replace(kernels, program=program)),
             release=platform.release,
             timed=costs.timed_keys,
             use_times=costs.use_times,

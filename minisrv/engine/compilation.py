@@ -44,7 +44,7 @@ from minisrv.core.graph_times import StepTime
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
 from minisrv.engine.background import Background, Work
-from minisrv.engine.generations import freed, take_over
+from minisrv.engine.generations import compiled_kernels, freed, take_over
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
@@ -132,6 +132,12 @@ class _RefusedError(Exception):
         self.refusal = refusal
 
 
+def needs_no_kernels(program: Path) -> Generator[None, None, str]:
+    """Compile no kernels, as on a device whose programs launch none."""
+    yield from ()
+    return ""
+
+
 class Compilation:
     """The way of compiled code into the service of one engine, as a work between its steps. No
     error of it ends the engine, which can go on as it is.
@@ -140,6 +146,8 @@ class Compilation:
     compiler: compiles the model; None if compiled code is off.
     pool: the blocks of the runner's cache.
     make_backend: makes the backend of another generation's graphs.
+    compile_kernels: compiles the kernels that the program of a directory launches; see
+        `generations.compiled_kernels`. If it fails, they are compiled when they first run.
     release: returns memory that nobody uses any more to the device.
     timed: returns the steps whose durations are measured for a generation before it serves.
     use_times: is called with these durations when it serves.
@@ -156,6 +164,7 @@ class Compilation:
         pool: BlockPool,
         make_backend: Callable[[], GraphBackend],
         *,
+        compile_kernels: Callable[[Path], Generator[None, None, str]] = needs_no_kernels,
         release: Callable[[], None] = lambda: None,
         timed: Callable[[], Collection[GraphKey]] = lambda: (),
         use_times: Callable[[Mapping[GraphKey, StepTime]], None] = lambda times: None,
@@ -171,6 +180,7 @@ class Compilation:
         self._runner = runner
         self._pool = pool
         self._make_backend = make_backend
+        self._compile_kernels = compile_kernels
         self._release = release
         self._timed = timed
         self._use_times = use_times
@@ -275,6 +285,8 @@ class Compilation:
             finally:
                 process.close()
         self._lap("compile")
+        yield from compiled_kernels(self._compile_kernels(found), self._turn)
+        self._lap("kernels")
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, self._turn
         with self._discarded_if_refused(compiler, found):

@@ -6,7 +6,8 @@ nothing of how a generation is built (`certification.generation`), nor of why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import closing
 
 from minisrv.certification.startup import DRIVER_BYTES
 from minisrv.engine.background import Turn, Work
@@ -55,6 +56,23 @@ def take_over(runner: ModelRunner, new: Generation, follow: Callable[[], None]) 
         old.serve(runner)
         raise
     return old
+
+
+def compiled_kernels(
+    compiling: Generator[None, None, str], turn: Turn
+) -> Generator[bool, None, str]:
+    """Wait until other processes have compiled kernels (`engine.kernels.compiled_meanwhile`), and
+    return why they could not, or an empty text. A kernel that was compiled when it first ran would
+    make requests wait for seconds."""
+    with closing(compiling):
+        while True:
+            try:
+                next(compiling)
+            except StopIteration as stop:
+                why: str = stop.value
+                return why
+            turn.waits = True
+            yield True
 
 
 def freed(old: Generation, turn: Turn, release: Callable[[], None]) -> Work:

@@ -76,6 +76,7 @@ class KernelJob:
     dtype: torch's name of the dtype of serving.
     quantization: a key of `LINEAR_METHODS`.
     gpu: the GPU that launches them; None for a CPU, whose kernels are the same for all models.
+    program: the directory of the compiled program that computes the model; None for its own code.
     """
 
     model: ModelConfig
@@ -85,6 +86,7 @@ class KernelJob:
     ladders: Ladders
     block_size: int
     gpu: GPU | None
+    program: Path | None = None
 
     def key(self) -> str:
         """Return the key of the list of what was compiled for this job, among the lists of the same
@@ -131,6 +133,7 @@ def compiled_meanwhile(job: KernelJob) -> Generator[None, None, str]:
     try:
         process = _start(job, None)
     except Exception as error:  # as on a machine where no process can be started
+        _warn(_said(error))
         return _said(error)
     if process is None:
         return ""
@@ -393,6 +396,7 @@ def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     why launches are missing, in words. Raises whatever loading the model and `rehearse` raise."""
     from minisrv.certification.batches import BatchLimits, blocks_for_any_batch
     from minisrv.certification.rehearsal import rehearse
+    from minisrv.compile.program import Program
     from minisrv.graph.cpu_tape import CPUTapeBackend
     from minisrv.kernels.triton_recording import Recording
     from minisrv.nn.loader import load_model
@@ -400,7 +404,7 @@ def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
 
     dtype, meta = getattr(torch, job.dtype), torch.device("meta")
     described, ladders = job.model, job.ladders
-    if described.implementation == "minisrv":  # all layers of this code launch the same
+    if described.implementation == "minisrv" and job.program is None:  # all layers launch the same
         described = replace(described, num_layers=1)
     context = described.max_position_embeddings
     sizes = ladders.max_num_seqs, ladders.max_num_batched_tokens, context
@@ -420,6 +424,8 @@ def record(job: KernelJob) -> tuple[dict[str, Callable[[], Any]], list[str]]:
             dtype=dtype,
             device=meta,
         )
+        if job.program is not None:
+            model.compiled = Program.rehearsed(job.program, model)
         problems = rehearse(runner, BlockPool(blocks, job.block_size))
     return recording.kernels, problems
 

@@ -18,7 +18,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +39,7 @@ from minisrv.core.ladder_fit import (
 from minisrv.engine.background import Background, Work
 from minisrv.engine.compilation import Compilation
 from minisrv.engine.filling import LadderFilling
-from minisrv.engine.generations import freed, predicted_bytes, take_over
+from minisrv.engine.generations import compiled_kernels, freed, predicted_bytes, take_over
 from minisrv.engine.memory import mebibytes
 from minisrv.engine.messages import RefitReport
 from minisrv.engine.step_costs import StepCosts
@@ -120,9 +119,7 @@ class LadderRefit:
     compilation: brings compiled code into service; nothing is refitted before that either.
     counter: counts the batches.
     make_backend: makes the backend of another generation's graphs.
-    compile_kernels: compiles the kernels of other ladders in other processes, yields as long as
-        they run, and returns why that has failed, or an empty text. One that was compiled when it
-        first ran would make requests wait for seconds.
+    compile_kernels: compiles the kernels of other ladders; see `generations.compiled_kernels`.
     applies: whether what is proposed is to come into service.
     has_room: whether graphs may take that many bytes more.
     release: returns memory that nobody uses any more to the device.
@@ -227,7 +224,7 @@ class LadderRefit:
         """Put proposed ladders into service. Raises what their capture and certification do."""
         runner, pool, turn, costs = self._runner, self._pool, self._turn, self._costs
         self._failed.add(found.sizes)
-        if why := (yield from self._compiled_kernels(found.ladders)):
+        if why := (yield from compiled_kernels(self._compile_kernels(found.ladders), turn)):
             self._refuse(f"their kernels could not be compiled: {why}")
             return
         keys = self._filling.without_quarantined(found.ladders.keys())
@@ -250,18 +247,6 @@ class LadderRefit:
         )
         del new
         yield from freed(old, turn, self._release)
-
-    def _compiled_kernels(self, ladders: Ladders) -> Generator[bool, None, str]:
-        """Wait until the kernels of other ladders are compiled; see `compile_kernels`."""
-        with closing(self._compile_kernels(ladders)) as compiling:
-            while True:
-                try:
-                    next(compiling)
-                except StopIteration as stop:
-                    why: str = stop.value
-                    return why
-                self._turn.waits = True
-                yield True
 
     def _refuse(self, why: str, error: Exception | None = None) -> None:
         """Go on with the ladders in service."""

@@ -6,7 +6,7 @@ from itertools import count
 
 from torch import Tensor
 
-from minisrv.compile.program import LoadedPiece, loaded_pieces
+from minisrv.compile.program import LoadedPiece, pieces_by_number
 from minisrv.compile.split import Piece
 
 _numbers = count(-1, -1)
@@ -19,7 +19,7 @@ class InterpretedPiece(LoadedPiece):
         self.piece = piece
         self.read, self.written = list(range(len(piece.arguments))), []
         self.number = next(_numbers)
-        loaded_pieces[self.number] = self
+        pieces_by_number[self.number] = self
 
     def run(self, read: list[Tensor], written: list[Tensor]) -> None:
         self.piece.graph(*read)

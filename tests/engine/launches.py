@@ -5,7 +5,8 @@ It is a process of its own because Triton's interpreter, in which other tests ru
 GPU, compiles nothing, and because a process that has recorded launches nothing any more.
 Arguments: "rehearsed", for the launches that are rehearsed before a start, or "made", for those of
 the trials of a start-up and of steps with penalties, whose tensors have memory, that of the CPU;
-the checkpoint; the implementation of the model; the graph mode.
+the checkpoint; the implementation of the model; the graph mode; the directory of a compiled program
+that computes the model, if there is one.
 """
 
 # ruff: noqa: E402, the ops are defined by an import
@@ -43,6 +44,7 @@ from minisrv.certification.compare import InitialState
 from minisrv.certification.rehearsal import with_changed_logits
 from minisrv.certification.trial import StepTrial, reserved_space
 from minisrv.checkpoint import describe_model
+from minisrv.compile.program import Program
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
@@ -65,13 +67,16 @@ from minisrv.runner import input_buffers
 from minisrv.runner.model_runner import ModelRunner
 
 
-def job_of(directory: Path, implementation: str, mode: str, **changes: int) -> KernelJob:
+def job_of(
+    directory: Path, implementation: str, mode: str, program: str | None = None, **changes: int
+) -> KernelJob:
     """Return the job of an engine that serves a checkpoint."""
     config = CUDA.resolve(
         EngineConfig(device="cuda", cudagraph_mode=CUDAGraphMode(mode), **{**LIMITS, **changes})
     )
     model = describe_model(directory, implementation).model.for_context(256)
-    return KernelJob(model, directory, "bfloat16", None, ladders_of(config), 16, GPU(*H100))
+    ladders, kept = ladders_of(config), None if program is None else Path(program)
+    return KernelJob(model, directory, "bfloat16", None, ladders, 16, GPU(*H100), kept)
 
 
 def made(job: KernelJob) -> dict[str, Any]:
@@ -96,6 +101,8 @@ def made(job: KernelJob) -> dict[str, Any]:
             dtype=dtype,
             device=cpu,
         )
+        if job.program is not None:
+            model.compiled = Program.rehearsed(job.program, model)
         with reserved_space(runner, BlockPool(blocks, job.block_size)) as space:
             limits = space.limits(runner)
             largest = BatchDescriptor(job.ladders.max_num_batched_tokens)

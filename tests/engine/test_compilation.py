@@ -11,7 +11,7 @@ import gc
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -494,6 +494,33 @@ def test_code_may_round_as_its_dtype_does(checkpoint, dtype, allowed, refused):
         compiler = FakeCompiler(cached=True, program=partial(program, amount=amount))
         states.append(start(checkpoint, compiler, dtype=dtype).info.compilation.state)
     assert states == [CompilationState.COMPILED, CompilationState.REFUSED]
+
+
+def test_kernels_of_a_program_are_compiled_before_it_is_loaded(checkpoint):
+    """The first launch of a kernel that is not compiled makes all requests wait for seconds."""
+    engine = start(checkpoint, None)
+    runner, pool = engine.runner, engine.scheduler.block_pool
+    compiler, events = FakeCompiler(model=runner.model, process=Process([MADE])), []
+
+    def compile_kernels(program: Path) -> Generator[None, None, str]:
+        assert program == MADE
+        events.append("begun")
+        yield
+        events.append("done")
+        return "no process could be started"  # the kernels are compiled by their launches then
+
+    background = Background()
+    way = Compilation(
+        background, compiler, runner, pool, CPUTapeBackend, compile_kernels=compile_kernels
+    )
+    way.capture_graphs(runner.ladders.keys(), nothing)
+    while events != ["begun", "done"]:
+        assert way.report.state is CompilationState.COMPILING
+        background.advance(busy=False)
+    while way.is_under_way:
+        background.advance(busy=False)
+    assert way.report.state is CompilationState.COMPILED
+    assert {"compile", "kernels", "load", "certify"} == way.report.seconds.keys()
 
 
 def test_an_engine_that_ends_ends_the_process_that_compiles(checkpoint):
