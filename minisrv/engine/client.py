@@ -313,7 +313,7 @@ class EngineClient:
     def _flush(self) -> None:
         self._flushing = False
         if self._state is not EngineState.DEAD:
-            self._send(Submit(self._requests, self._aborts))
+            self._send(Submit.of(self._requests, self._aborts))
         self._requests, self._aborts = [], []
 
     def _send(self, message: WorkerMessage) -> None:

@@ -8,6 +8,7 @@ nothing of sockets.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -22,10 +23,38 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Worker to engine: new requests, and the ids of requests to abort."""
+    """Worker to engine: new requests, and the ids of requests to abort.
+
+    requests: the choices of one prompt come one after the other, and only the first of them has the
+        prompt; that of the others is empty.
+    """
 
     requests: list[EngineRequest] = []
     aborts: list[str] = []
+
+    @classmethod
+    def of(cls, requests: Sequence[EngineRequest], aborts: list[str]) -> Submit:
+        """Return the message for requests with their prompts. Requests have one prompt if it is the
+        same object, as that of the choices of a response is."""
+        sent: list[EngineRequest] = []
+        prompt: list[int] | None = None
+        for request in requests:
+            if request.prompt_token_ids is prompt:
+                sent.append(msgspec.structs.replace(request, prompt_token_ids=[]))
+            else:
+                sent.append(request)
+                prompt = request.prompt_token_ids
+        return cls(sent, aborts)
+
+    def with_prompts(self) -> Iterator[EngineRequest]:
+        """Yield the requests with their prompts; the choices of one prompt share the list."""
+        prompt: list[int] = []
+        for request in self.requests:
+            if request.prompt_token_ids:
+                prompt = request.prompt_token_ids
+                yield request
+            else:
+                yield msgspec.structs.replace(request, prompt_token_ids=prompt)
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=True):

@@ -387,7 +387,7 @@ class _EngineServer:
 
     def _submit(self, worker: bytes, message: Submit) -> None:
         outputs = self._abort(message.aborts)  # first, because this makes room
-        for request in message.requests:
+        for request in message.with_prompts():
             self.owners[request.request_id] = worker
             try:
                 if not isinstance(self.state, Ready):
