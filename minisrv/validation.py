@@ -61,6 +61,24 @@ def validate_request(
     _check_length(prompt_param, len(prompt_token_ids), max_tokens, max_model_len)
 
 
+def check_num_characters(
+    param: str, num_characters: int, *, longest_token: int, max_model_len: int
+) -> None:
+    """Raise ContextLengthError for a text that would not fit into the context even if it consisted
+    of the longest token alone, so that it need not be tokenised.
+
+    longest_token: number of characters of that token.
+    """
+    most = max_model_len * longest_token
+    if num_characters > most:
+        raise ContextLengthError(
+            f"This model's maximum context length is {max_model_len} tokens. However, your {param} "
+            f"has {num_characters} characters, and so many tokens have at most {most}. Please "
+            f"reduce the length of the {param}.",
+            param=param,
+        )
+
+
 def check_token_ids(param: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Raise RequestError, naming `param`, if one of the token ids is not in the vocabulary."""
     if not token_ids:

@@ -387,6 +387,11 @@ class GenerationRequest(RequestBody):
         response; None reports none."""
         return self.prompt_logprobs
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a prompt that is too long is cut; if not, it is refused."""
+        return self.truncate_prompt_tokens is not None
+
     def kept_prompt_tokens(self, max_model_len: int) -> int:
         """Return the number of tokens to which a prompt is cut; more than any prompt may have if it
         is not cut.
@@ -773,6 +778,10 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
         """The tools whose calls must follow their parameters: required ones, and all that are
         offered where the text must have a form as well."""
         return self.required_tools or (self.offered_tools if self.structured_output else [])
+
+    @property
+    def is_cut(self) -> bool:
+        return super().is_cut or self.drops_oldest_turns
 
     @property
     def drops_oldest_turns(self) -> bool:

@@ -61,7 +61,7 @@ from minisrv.text.detokenizer import Detokenizer
 from minisrv.text.grammar_validator import GrammarValidator
 from minisrv.text.output_processor import OutputProcessor
 from minisrv.text.tokenizer import Tokenizer
-from minisrv.validation import check_token_ids, validate_request
+from minisrv.validation import check_num_characters, check_token_ids, validate_request
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Serving:
         info = self.engine_info()
 
         def prepare() -> Prepared:
-            ids, answer = self._encode_chat(request)
+            ids, answer = self._encode_chat(request, must_fit=True)
             ids = ids[-request.kept_prompt_tokens(info.max_model_len) :]
             form = answer_form(request, answer, self.tokenizer)
             _validate(request, ids, info)
@@ -203,8 +203,24 @@ class Serving:
         # objects in a great many ways.
         return await offload(prepare, math.inf if request.constrained_tools else request.num_bytes)
 
-    def _encode_chat(self, request: ChatCompletionRequest) -> tuple[list[int], AnswerFormat]:
-        """Return the token ids of a chat's prompt, and how the answer is parsed."""
+    def _check_num_characters(self, text: str, param: str) -> None:
+        """Raise ContextLengthError for a text that need not be tokenised, which takes a second for
+        some megabytes."""
+        check_num_characters(
+            param,
+            len(text),
+            longest_token=self.tokenizer.longest_token,
+            max_model_len=self.engine_info().max_model_len,
+        )
+
+    def _encode_chat(
+        self, request: ChatCompletionRequest, *, must_fit: bool
+    ) -> tuple[list[int], AnswerFormat]:
+        """Return the token ids of a chat's prompt, and how the answer is parsed.
+
+        must_fit: whether a chat that is much too long is refused before it is tokenised, unless it
+            is to be cut.
+        """
         format, continues = self.chat_format, request.continue_final_message
         parser = tool_parser(request, format)
         variables = template_variables(request, self.tokenizer, format)
@@ -218,6 +234,8 @@ class Serving:
                 variables,
                 continue_final_message=continues,
             )
+            if must_fit and not request.is_cut:
+                self._check_num_characters(text, ChatCompletionRequest.prompt_param)
             ending = format.ending(messages[-1].text) if continues else text
             answer = AnswerFormat(format, ending, parser, request.allows_several_calls)
             return self.tokenizer.encode(text, add_special_tokens=False), answer
@@ -247,6 +265,8 @@ class Serving:
         def make(prompt: str | list[int]) -> tuple[list[int], Echo | None]:
             """Return the token ids of a prompt, and its echo if it is echoed."""
             echo = None
+            if isinstance(prompt, str) and not request.is_cut:
+                self._check_num_characters(prompt, request.prompt_param)
             if isinstance(prompt, list):
                 ids = prompt
             elif repeats:
@@ -279,6 +299,8 @@ class Serving:
         kept = info.max_model_len if kept == -1 else kept
 
         def encode(given: str | list[int]) -> list[int]:
+            if isinstance(given, str) and request.truncate_prompt_tokens is None:
+                self._check_num_characters(given, "input")
             ids = given if isinstance(given, list) else self.tokenizer.encode(given)
             ids = ids[-kept:]
             validate_request(
@@ -330,7 +352,9 @@ class Serving:
         `tokenize`. Raises RequestError, and what `engine_info` raises."""
         self.engine_info()
         with self._places_of_key(key):
-            ids, _ = await offload(lambda: self._encode_chat(request), request.num_bytes)
+            ids, _ = await offload(
+                lambda: self._encode_chat(request, must_fit=False), request.num_bytes
+            )
         return len(ids)
 
     async def detokenize(self, request: DetokenizeRequest, key: int | None) -> DetokenizeResponse:

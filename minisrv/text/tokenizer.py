@@ -10,6 +10,7 @@ decoding is done by the detokenizer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -58,6 +59,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. A model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Number of characters of the longest token, as the vocabulary spells it. Its text has no
+        more, and a byte of another spelling counts as one."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @property
     def has_chat_template(self) -> bool:

@@ -31,6 +31,7 @@ from minisrv.errors import (
 from minisrv.request import EngineOutput, FinishReason
 from minisrv.server.request_schemas import ChatCompletionRequest, CompletionRequest
 from minisrv.server.unsupported import EVERYWHERE
+from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import INFO, FakeEngine, outputs
 
 pytestmark = pytest.mark.anyio
@@ -223,6 +224,51 @@ async def test_context_overflow_in_openai_s_words(
     start = "This model's maximum context length is 200 tokens. However, "
     assert error["message"].startswith(start + words)
     assert "Please reduce the length of the prompt" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("route", "param", "cut"),
+    [
+        ("/v1/completions", "prompt", {"truncate_prompt_tokens": 5}),
+        ("/v1/chat/completions", "messages", {"truncate_prompt_tokens": 5}),
+        ("/v1/messages", "messages", None),
+        ("/v1/responses", "input", {"truncation": "auto"}),
+        ("/v1/embeddings", "input", {"truncate_prompt_tokens": 5}),
+        ("/tokenize", "prompt", {}),
+    ],
+)
+async def test_a_text_that_no_context_holds_is_not_tokenised(
+    connect: Connect,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    param: str,
+    cut: dict[str, Any] | None,
+) -> None:
+    """Some megabytes take seconds. Where the text is to be cut, or its tokens only counted, it has
+    to be tokenised all the same."""
+    lengths: list[int] = []
+
+    def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        lengths.append(len(text))
+        return [7] * 10
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    most = 200 * tokenizer.longest_token
+    text = "a" * (most + 1)
+    body = {param: [{"role": "user", "content": text}] if param == "messages" else text}
+    if route == "/v1/messages":
+        body |= {"model": "tiny", "max_tokens": 1}
+    async with connect(outputs([300])) as client:
+        if cut != {}:
+            refused = await client.post(route, json=body)
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert f"and so many tokens have at most {most}." in error["message"]
+            assert not lengths
+        if cut is not None:
+            await client.post(route, json=body | cut)
+            assert max(lengths) > most
 
 
 async def test_what_just_fits_is_accepted(connect: Connect) -> None:
