@@ -18,6 +18,7 @@ from playwright.sync_api import Page, Route, expect
 from minisrv.tools.view import ViewServer
 from tests.browser.conftest import KEY
 from tests.e2e.server import Server, until
+from tests.waiting import GUARD_SECONDS
 
 AXE = Path(__file__).parents[2] / "ui" / "node_modules" / "axe-core" / "axe.min.js"
 
@@ -296,6 +297,7 @@ DROP = """([name, text]) => {
 
 def test_dropped_traces_replay(server: Server, open_page: Open) -> None:
     page = open_page(server.url, key=KEY)
+    page.locator("body.live").wait_for()  # before that nothing takes a file
     page.evaluate(DROP, ["one.ndjson", trace("one", steps=400).decode()])
     viewer = page.locator(".viewer")
     viewer.get_by_text("one · cpu · full-and-piecewise · 400 steps").wait_for()
@@ -350,6 +352,27 @@ def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) 
         page.evaluate(DROP, ["bad.ndjson", text])
         expect(page.locator("#replay-message")).to_have_text(re.compile(f"^bad.ndjson: .*{told}"))
     assert page.locator(".viewer").is_visible(), "the traces that were open stay open"
+
+
+DROP_LONG = """(longest) => {
+    const line = '{"type": "later", "text": "' + '0'.repeat(1 << 23) + '"}\\n';
+    const header = '{"type": "header", "version": 1}\\n';
+    const parts = [header, ...Array(longest / (1 << 23)).fill(new Blob([line]))];
+    const files = new DataTransfer();
+    files.items.add(new File(parts, 'long.ndjson'));
+    const options = { dataTransfer: files, bubbles: true, cancelable: true };
+    document.querySelector('#drop').dispatchEvent(new DragEvent('drop', options));
+}"""
+
+
+def test_a_trace_is_not_read_beyond_a_size(viewed: ViewServer, open_page: Open) -> None:
+    """Each line is one of a trace, and all together would take the memory of the tab."""
+    page = open_page(viewed.url)
+    page.locator(".viewer").wait_for()
+    page.evaluate(DROP_LONG, 1 << 28)
+    told = re.compile("^long.ndjson: Line 33: the trace has more than 268435456 characters")
+    expect(page.locator("#replay-message")).to_have_text(told, timeout=1000 * GUARD_SECONDS)
+    assert page.locator(".viewer").is_visible()
 
 
 def test_a_hostile_file_is_text_and_stops_nothing(viewed: ViewServer, open_page: Open) -> None:

@@ -467,7 +467,7 @@ class Replay {
     setText(this.#message, "Reading");
     let problem = "";
     const found: NamedTrace[] = [];
-    for (const [name, stream] of files) {
+    for (const [name, stream] of files.slice(-2)) {
       try {
         found.push({ name, store: await readTrace(await stream()) });
       } catch (error) {

@@ -75,6 +75,10 @@ export class TraceError extends Error {}
  * into memory as a whole. */
 const LONGEST_LINE = 1 << 24;
 
+/** Characters of a whole trace that the page reads: some hundred thousand steps, each of which takes
+ * two or three times as much memory as its line. */
+const LONGEST_TRACE = 1 << 28;
+
 type Check = (value: unknown) => boolean;
 
 const isObject = (value: unknown): value is Record<string, unknown> =>
@@ -299,7 +303,15 @@ export async function* linesOf(
 /** Reads a whole trace. Throws TraceError, whose message names the line. */
 export async function readTrace(stream: ReadableStream<Uint8Array>): Promise<TraceStore> {
   const store = new TraceStore(Infinity);
+  let length = 0;
   for await (const { text, number } of linesOf(stream)) {
+    length += text.length;
+    if (length > LONGEST_TRACE) {
+      throw new TraceError(
+        `Line ${number}: the trace has more than ${LONGEST_TRACE} characters, the most that this page reads. ` +
+          "Record less with “minisrv trace --steps N FILE”.",
+      );
+    }
     try {
       const line = readLine(text);
       if (!store.header && line.type !== "header") {
