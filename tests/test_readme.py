@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from docs import field_tables
-from minisrv import request
+from minisrv import cli, request
 from minisrv.config import EngineConfig, ServerConfig
 from minisrv.core import scheduler
 from minisrv.model_config import ARCHITECTURES
@@ -27,6 +28,35 @@ from tests import architectures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md"))]
+
+
+PLANS = [
+    (page, shlex.split(words)[1:], shown)
+    for page in ("README.md", "docs/graphs.md", "docs/compile.md")
+    for words, shown in re.findall(
+        r"^\$ (minisrv (?:plan|ladder --assume)\b.*)\n((?:(?!\$ |```).*\n)*)",
+        (ROOT / page).read_text(),
+        flags=re.MULTILINE,
+    )
+]
+
+
+@pytest.mark.parametrize(("page", "words", "shown"), PLANS)
+def test_a_plan_prints_the_lines_that_a_page_shows(
+    page: str,
+    words: list[str],
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The lines come in this order, with others between them where the page has an ellipsis."""
+    monkeypatch.setenv("COLUMNS", "100")
+    status = cli.main(words)
+    captured = capsys.readouterr()
+    printed = iter([line.rstrip() for line in (captured.out + captured.err).splitlines()])
+    for line in shown.splitlines():
+        assert line == "  ..." or line.rstrip() in printed, line
+    assert status == ("error:" in shown)
 
 
 def test_the_tables_of_fields_are_those_of_the_server() -> None:
