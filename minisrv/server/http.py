@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -190,6 +190,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.url = path if path.startswith(b"/") else b"/" + path
         super().on_headers_complete()
         self.cycle.transport = _ResponseTransport(self.transport, self._end)  # type: ignore[assignment]
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment, method-assign]
         self._in_body = True
         self._body_bytes = 0
         if not self.pipeline:
@@ -324,7 +326,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
         A client that is gone has sent the same end-of-file. The first bytes of the coming response
         tell the two apart, as they would be the same for any response: the operating system of a
-        client that is gone answers them with a reset.
+        client that is gone answers them with a reset. Behind the head of a response there are such
+        bytes only if it comes in chunks; otherwise its next piece tells.
         """
         if self._ended or self.scheme == "https":  # asyncio closes both directions of TLS
             return False
@@ -395,6 +398,25 @@ class _ResponseTransport:
 
         write(first)
         self.write = rest
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """Return a `send` for a client of HTTP/1.0, which cannot read chunks: a response whose length
+    is not known ends with the connection."""
+    sized = True
+
+    async def send(message: Any) -> None:
+        nonlocal sized
+        if message["type"] == "http.response.start":
+            sized = any(name.lower() == _LENGTH for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = None if sized else False
+        elif not sized:
+            # NOTE: uvicorn checks that the body has the promised length; here, each piece has its
+            # own.
+            cycle.expected_content_length = len(message.get("body", b""))
+        await RequestResponseCycle.send(cycle, message)
+
+    return send
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:

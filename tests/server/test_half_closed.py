@@ -100,8 +100,11 @@ async def test_the_whole_answer_comes(
                     received += await reader.read(1 << 16)
             await until(lambda: bool(engine.requests))
             writer.write_eof()
-            # This byte comes after the server has seen the end of what the client sends.
-            received += await reader.readexactly(1)
+            if version == "1.1" or not (stream and halted):
+                # This byte comes after the server has seen the end of what the client sends.
+                received += await reader.readexactly(1)
+            else:  # a stream that has begun, and has no chunks, goes on with its next event only
+                await asyncio.sleep(0.05)
             go.set()
             received += await reader.read()
         writer.close()

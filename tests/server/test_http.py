@@ -73,6 +73,24 @@ async def test_heads(tokenizer: Tokenizer, sent: list[bytes], status: int) -> No
         assert engine.requests == []
 
 
+@pytest.mark.parametrize("keep", [b"", b"connection: keep-alive\r\n"])
+async def test_http_1_0_gets_no_chunks(tokenizer: Tokenizer, keep: bytes) -> None:
+    """A client of HTTP/1.0 cannot read chunks: a stream ends with its connection. An answer whose
+    length is known has it."""
+    old = COMPLETIONS.replace(b"HTTP/1.1", b"HTTP/1.0") + keep
+    async with serve(app_of(FakeEngine(outputs([300, 301])), tokenizer)) as address:
+        for more in (b"", b', "stream": true'):
+            content = b'{"prompt": "hi"' + more + b"}"
+            sized = b"content-length: %d\r\n\r\n" % len(content) + content
+            head, _, body = (await answer(address, old, sized)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"transfer-encoding" not in head
+            assert b"\r\nconnection: close" in head
+            assert (b"\r\ncontent-length: %d" % len(body) in head) == (not more)
+            assert body.endswith(b"data: [DONE]\n\n" if more else b"}")
+            assert body.count(b"data: ") == body.count(b"\n\n")
+
+
 @pytest.mark.parametrize(
     ("head", "statuses"),
     [
