@@ -111,6 +111,20 @@ Biases: TypeAlias = Annotated[
 ]
 
 
+def _not_all(value: Any) -> Any:
+    """Refuse vLLM's -1 with the bound that it exceeds; vLLM does the same where its own limit is
+    below the size of the vocabulary."""
+    if value == -1:
+        raise ValueError(
+            f"must be from 0 to {MAX_LOGPROBS}; -1 asks for all tokens of the vocabulary"
+        )
+    return value
+
+
+Alternatives: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_not_all)]
+"""How many of the most likely tokens to report."""
+
+
 class StreamOptions(Strict):
     """Options for what a stream reports in addition to its text."""
 
@@ -239,7 +253,7 @@ class GenerationRequest(RequestBody):
     """Include in the text the stop string, or the text of the stop token, that ended it."""
     ignore_eos: bool = False
     """Continue after the model's end-of-sequence tokens."""
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Alternatives | None = None
     """Report the log-probability of each prompt token except the first, and of this many most
     likely alternatives. Not allowed in a stream."""
     cache_salt: Annotated[ShortText, Field(min_length=1)] | None = None
@@ -502,7 +516,7 @@ class CompletionRequest(GenerationRequest):
     ]
     """The prompt: a text, a list of token ids, or a list of several of either. Each prompt gets `n`
     choices."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Alternatives | None = None
     """Report the log-probability of each token and of this many most likely alternatives."""
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Maximum number of tokens to generate. 0 is allowed only with echo or prompt_logprobs."""
@@ -650,8 +664,8 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
     used, else the answer may fill the context."""
     logprobs: bool = False
     """Report the log-probability of each token."""
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Report this many most likely alternatives to each token. Needs logprobs."""
+    top_logprobs: Alternatives | None = None
+    """Report this many most likely alternatives to each token. Needs logprobs, unless it is 0."""
     tool_choice: ToolChoice | None = None
     """Whether the model calls tools. none: it is told of no tools. auto (the default if there are
     tools): the model decides. required, or the name of a function: it must call one, or this one,
@@ -680,7 +694,7 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatCompletionRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise refuse("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
@@ -694,7 +708,7 @@ class ChatCompletionRequest(ChatRendering, GenerationRequest):
     def _tools_agree(self) -> ChatCompletionRequest:
         for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
             chosen = getattr(self, choice)
-            if not getattr(self, tools) and chosen not in (None, "none"):
+            if not getattr(self, tools) and chosen not in (None, "none", "auto"):
                 raise refuse(choice, f"{choice} is only allowed with {tools}.")
         if self.tools and self.functions:
             raise refuse("functions", "functions and tools are the same; send one of them.")

@@ -532,7 +532,7 @@ class ResponsesRequest(RequestBody):
             return named_tool(choice.name)
         if isinstance(choice, AllowedTools):
             return allowed_tools(choice.mode, [tool.name for tool in choice.tools])
-        return None if choice == "auto" and not self.tools else choice
+        return choice
 
     def as_chat(self, said: Sequence[SaidItem]) -> ResponsesChat:
         """Return the chat that holds these items, which the input and what comes before it are.

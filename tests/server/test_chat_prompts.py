@@ -141,7 +141,7 @@ async def test_an_echo(chat: Chat, fields: dict[str, Any], content: str, stream:
         ([ASKED], {"functions": [{"name": "f"}], "tools": [{}]}, "tools[0].type"),
         ([ASKED], {"functions": [{"name": "f"}, {"name": "f"}]}, "functions"),
         ([ASKED], {"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
-        ([ASKED], {"function_call": "auto"}, "function_call"),
+        ([ASKED], {"function_call": {"name": "f"}}, "function_call"),
     ],
 )
 async def test_what_is_refused(

@@ -95,6 +95,26 @@ async def test_a_bad_field_is_named(
     assert engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("url", "fields"),
+    [
+        ("/v1/completions", {"logprobs": -1}),
+        ("/v1/completions", {"prompt_logprobs": -1}),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": -1}),
+        ("/v1/chat/completions", {"prompt_logprobs": -1}),
+    ],
+)
+async def test_all_tokens_are_more_alternatives_than_are_reported(
+    connect: Connect, url: str, fields: dict[str, Any]
+) -> None:
+    """vLLM's -1 is refused with the bound that it exceeds, as it is by vLLM's own default."""
+    response = await post(connect(outputs([300])), url, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, list(fields)[-1])
+    assert "from 0 to 20" in error["message"]
+    assert "all tokens of the vocabulary" in error["message"]
+
+
 F = {"type": "function", "function": {"name": "f"}}
 
 

@@ -141,6 +141,7 @@ def test_logprobs() -> None:
     assert chat(logprobs=True, top_logprobs=5).num_logprobs == 5
     assert refused(chat, logprobs=True, top_logprobs=21) == "top_logprobs"
     assert refused(chat, top_logprobs=5) == "top_logprobs"
+    assert chat(logprobs=False, top_logprobs=0).num_logprobs is None
     assert refused(chat, logprobs=5) == "logprobs"
 
 
@@ -281,7 +282,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"tools": [TOOL | {"function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tools": [TOOL] * 129}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"function_call": {"name": "f"}}, "function_call"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
@@ -296,6 +298,15 @@ def test_what_is_wrong_with_tools(fields: dict[str, object], param: str) -> None
     found = refused(chat, messages=[USER], **fields)
     assert found is not None
     assert found.startswith(param)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": []}, {"functions": []}])
+@pytest.mark.parametrize("choice", ["tool_choice", "function_call"])
+@pytest.mark.parametrize("value", ["none", "auto"])
+def test_a_choice_among_no_tools(fields: dict[str, object], choice: str, value: str) -> None:
+    """What asks for no call is accepted without tools, as clients send it with every request."""
+    body = chat(messages=[USER], **fields, **{choice: value})
+    assert (body.offered_tools, body.required_tools) == ([], [])
 
 
 def test_messages() -> None:
