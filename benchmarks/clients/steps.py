@@ -38,11 +38,14 @@ class Steps:
             traceback.print_exc()
             self._steps.append({"step": name, "works": False, "told": repr(error)})
 
+    def result(self) -> dict[str, Any]:
+        """The versions of the packages, and what each step returned or raised."""
+        return {"versions": self._versions, "steps": self._steps}
+
     def report(self, path: str | None) -> int:
-        """Print the report, write it to `path` if there is one, and return the exit status of the
+        """Print the result, write it to `path` if there is one, and return the exit status of the
         program."""
-        report = {"versions": self._versions, "steps": self._steps}
-        text = json.dumps(report, indent=1) + "\n"
+        text = json.dumps(self.result(), indent=1) + "\n"
         print(text)
         if path:
             Path(path).write_text(text, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Makes a copy of the default model with a chat template for tools like those of Hermes and Qwen.
+"""Makes a copy of the default model with a chat template for tools like those of Hermes and Qwen,
+and a context that holds the prompts of agents.
 
     python benchmarks/clients/teach_tools.py FOLDER && minisrv serve FOLDER
 
@@ -32,9 +33,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="is made; its name is the served model's")
     folder = parser.parse_args().folder
     shutil.copytree(MODEL, folder)
-    config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) | {"chat_template": TEMPLATE}
-    config.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    for name, changed in (
+        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+        ("config.json", {"max_position_embeddings": 8192}),
+    ):
+        config = folder / name
+        settings = json.loads(config.read_text(encoding="utf-8")) | changed
+        config.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
