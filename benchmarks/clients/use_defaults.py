@@ -20,6 +20,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -382,7 +383,7 @@ def litellm_anthropic(base: str) -> Sequence[Step]:
 def _pydantic_ai(model_of: Callable[[str], Any]) -> Sequence[Step]:
     """The steps of an agent of pydantic-ai with the model that `model_of` makes for a name. Its
     output is a tool by default, whose call it requires."""
-    from pydantic_ai import Agent
+    from pydantic_ai import Agent, UsageLimitExceeded, UsageLimits
 
     def plain() -> Any:
         return nonempty(Agent(model_of(MODEL)).run_sync(SUM).output)
@@ -395,10 +396,23 @@ def _pydantic_ai(model_of: Callable[[str], Any]) -> Sequence[Step]:
         return nonempty(asyncio.run(talk()))
 
     def tool_call() -> Any:
-        """The model may call the tool before it must call that of the output."""
-        agent: Any = Agent(model_of(MODEL), tools=[weather], output_type=city_class(), retries=5)
-        result = agent.run_sync(QUESTION)
-        return [type(part).__name__ for m in result.all_messages() for part in m.parts]
+        """The agent requires a call of the tool or of its output, and this model may call the tool
+        again and again."""
+        called = []
+
+        def noted(city: Literal["Oslo", "Rome"]) -> str:
+            """The weather of a city."""
+            called.append(city)
+            return weather(city)
+
+        agent: Any = Agent(model_of(MODEL), tools=[noted], output_type=city_class())
+        for _ in range(5):  # until it has called the tool
+            with suppress(UsageLimitExceeded):
+                agent.run_sync(QUESTION, usage_limits=UsageLimits(request_limit=3))
+            if called:
+                break
+        assert called
+        return called
 
     def structured_output() -> Any:
         agent: Any = Agent(model_of(MODEL), output_type=city_class())

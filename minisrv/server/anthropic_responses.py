@@ -56,10 +56,10 @@ class AnthropicUsage(Body):
 
 
 class AnthropicTextBlock(Body, tag_field="type", tag="text"):
-    """A part of an answer: text."""
+    """A part of an answer: text. A text without citations has no such field: Vercel's AI SDK
+    refuses a null there."""
 
     text: str
-    citations: None = None
 
 
 class AnthropicThinkingBlock(Body, tag_field="type", tag="thinking"):

@@ -124,7 +124,7 @@ async def test_a_whole_answer(connect: Connect, tokenizer: Tokenizer) -> None:
         "type": "message",
         "role": "assistant",
         "model": "org/tiny",
-        "content": [{"type": "text", "text": "Hello", "citations": None}],
+        "content": [{"type": "text", "text": "Hello"}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
         "usage": {
