@@ -156,7 +156,7 @@ def steps_of(url: str, *, tools: bool) -> Steps:
                 model=f"openai/{MODEL}",
                 api_base=f"{url}/v1",
                 api_key="none",
-                messages=[{"role": "user", "content": "hi " * 4000}],
+                messages=[{"role": "user", "content": "hi " * 9000}],
             )
         except litellm.ContextWindowExceededError:
             return "ContextWindowExceededError"
