@@ -13,13 +13,15 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
 from loadgen import ab, options, traces
 from loadgen.client import find_model, simulated_launch_us
-from loadgen.errors import ConfigError, LoadgenError
+from loadgen.errors import ConfigError, LoadgenError, RefusedError
+from loadgen.fitting import fitting
 from loadgen.records import Leg, PromptKind, RunConfig, Trace
 from loadgen.report import (
     ComparisonReport,
@@ -84,11 +86,11 @@ def _run(arguments: argparse.Namespace) -> int:
     levels: list[LevelReport] = []
     stopped: LoadgenError | KeyboardInterrupt | None = None
     try:
-        legs = Leg.of(config)
-        with ProgressBar() as bar, RequestLines(arguments.jsonl) as lines:
-            for level in lines.written(legs, run_legs(legs, _api_key(arguments), bar)):
-                raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.loads)))
-                levels.append(LevelReport(summarize(level), raw))
+        try:
+            _measure(arguments, config, levels)
+        except RefusedError as refused:
+            config = replace(config, **_other_requests(arguments, [config], refused))
+            _measure(arguments, config, levels)
     except (LoadgenError, KeyboardInterrupt) as error:
         if not levels:
             raise
@@ -105,6 +107,38 @@ def _run(arguments: argparse.Namespace) -> int:
     if stopped is not None:
         raise stopped
     return _status([level.summary for level in levels], arguments.slo_attainment)
+
+
+def _measure(arguments: argparse.Namespace, config: RunConfig, levels: list[LevelReport]) -> None:
+    """Run all levels, and add a report of each to `levels`."""
+    legs = Leg.of(config)
+    with ProgressBar() as bar, RequestLines(arguments.jsonl) as lines:
+        for level in lines.written(legs, run_legs(legs, _api_key(arguments), bar)):
+            raw = RawRows.of(level, max(1, MAX_RAW_ROWS // len(config.loads)))
+            levels.append(LevelReport(summarize(level), raw))
+
+
+def _other_requests(
+    arguments: argparse.Namespace, configs: Sequence[RunConfig], refused: RefusedError
+) -> dict[str, Any]:
+    """Return what to send to the servers of `configs` instead of requests that one of them refuses,
+    as fields of their configurations. Raises `refused` if they take nothing that the options
+    allow."""
+    open_fields: dict[str, Sequence[Any]] = {}
+    if arguments.prompt_kind is None:
+        open_fields["prompt_kind"] = tuple(PromptKind)
+    if arguments.ignore_eos is None:
+        open_fields["ignore_eos"] = (True, False)
+    if arguments.return_token_ids is None and configs[0].return_token_ids:
+        open_fields["return_token_ids"] = (True, False)
+    found = asyncio.run(fitting(configs, open_fields, _api_key(arguments))) if open_fields else None
+    if found is None:
+        raise refused
+    kind = found.get("prompt_kind", configs[0].prompt_kind)
+    flags = [f"--prompt-kind {kind}"] if kind is not configs[0].prompt_kind else []
+    flags += [f"--no-{name.replace('_', '-')}" for name in found if found[name] is False]
+    _say(f"{refused}; going on as with {' '.join(flags) or 'the same'}")
+    return found
 
 
 def _write(arguments: argparse.Namespace, report: Report | ComparisonReport) -> None:
@@ -145,8 +179,11 @@ def _ab(arguments: argparse.Namespace) -> int:
             server = Server(label, given, logs / f"{len(sides)}.log")
             servers.append(stack.enter_context(server))
             sides.append(_side(arguments, label, server.url, server))
-        lines = stack.enter_context(RequestLines(arguments.jsonl))
-        levels, stopped = _compare(sides, servers, lines, _api_key(arguments))
+        levels, stopped = _compare(arguments, sides, servers)
+        if isinstance(stopped, RefusedError) and not levels:
+            fields = _other_requests(arguments, [side.config for side in sides], stopped)
+            sides = [replace(side, config=replace(side.config, **fields)) for side in sides]
+            levels, stopped = _compare(arguments, sides, servers)
     if not levels and stopped is not None:
         raise stopped
     report = ComparisonReport(
@@ -191,7 +228,7 @@ def _side(arguments: argparse.Namespace, label: str, url: str, server: Server | 
 
 
 def _compare(
-    sides: Sequence[ab.Side], servers: Sequence[Server], lines: RequestLines, api_key: str | None
+    arguments: argparse.Namespace, sides: Sequence[ab.Side], servers: Sequence[Server]
 ) -> tuple[list[ab.Level], LoadgenError | KeyboardInterrupt | None]:
     """Run all repeats, and return their results by concurrency, and None; or, if an error or an
     interrupt stopped them, the results until then, and that exception."""
@@ -209,7 +246,11 @@ def _compare(
     stopped: LoadgenError | KeyboardInterrupt | None = None
     try:
         legs = ab.order(*(side.config for side in sides))
-        with WatchingBar() as bar, closing(run_legs(legs, api_key, bar)) as runs:
+        with (
+            WatchingBar() as bar,
+            RequestLines(arguments.jsonl) as lines,
+            closing(run_legs(legs, _api_key(arguments), bar)) as runs,
+        ):
             for repeat in ab.repeats(lines.written(legs, runs), len(sides)):
                 repeats.append(repeat)  # noqa: PERF402  (repeats before an error are kept)
         for server in servers:
@@ -251,11 +292,11 @@ def _config(arguments: argparse.Namespace, base_url: str, label: str) -> RunConf
         base_url=base_url,
         model=asyncio.run(model),
         concurrencies=tuple(value for group in arguments.concurrency for value in group),
-        prompt_kind=PromptKind(arguments.prompt_kind),
+        prompt_kind=PromptKind(arguments.prompt_kind or PromptKind.TOKENS),
         input_tokens=arguments.input_tokens,
         token_range=arguments.token_range,
         output_tokens=arguments.output_tokens,
-        ignore_eos=arguments.ignore_eos,
+        ignore_eos=arguments.ignore_eos is not False,
         requests=arguments.requests,
         duration_s=arguments.duration,
         warmup=arguments.warmup,

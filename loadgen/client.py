@@ -181,6 +181,11 @@ class CompletionStream:
         return [least + each * len(content) for content in self._contents]
 
     @property
+    def ended_by_itself(self) -> bool:
+        """Whether the model ended the answer, and not the limit on its tokens."""
+        return self._finish_reason == "stop"
+
+    @property
     def answer(self) -> Answer:
         """The answer received so far."""
         complete = len(self._token_ids) == self.completion_tokens
@@ -194,6 +199,7 @@ class CompletionStream:
             more.
 
         An answer with a finish reason is whole even without [DONE], which some servers do not send.
+        One that has ended by itself may be shorter: its server does not know ignore_eos.
         The count is checked only if the server has sent usage. There must be at least one token, by
         a chunk or by usage. An answer whose tokens had no chunks cannot be timed, but is no
         failure.
@@ -205,6 +211,7 @@ class CompletionStream:
         if self._finish_reason is None:
             return Failure(FailureKind.NO_FINISH_REASON, "[DONE] came without a finish_reason")
         count = self.completion_tokens
+        exact = exact and not self.ended_by_itself
         if count is not None and (count > output_tokens or (exact and count != output_tokens)):
             message = f"asked for {output_tokens} tokens, usage says {count}"
             return Failure(FailureKind.WRONG_TOKEN_COUNT, message)
@@ -253,6 +260,7 @@ async def send(
         index=request.index,
         turn=request.turn,
         without_done=failure is None and stream.done_s is None,
+        disobeys_ignore_eos=config.ignore_eos and stream.ended_by_itself,
         extra=stream.extra,
         scheduled_s=scheduled_s,
         start_s=start_s,

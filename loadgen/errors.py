@@ -4,8 +4,9 @@ A request that fails raises none of them: it is recorded as a `records.Failure`.
 
     LoadgenError
     +-- ConfigError   an option, a URL or an output path that cannot work
-    +-- ServerError   the server cannot be reached, lacks the model, refuses every request, or has
-    |                 ended though it was started here
+    +-- ServerError   the server cannot be reached, lacks the model, or has ended though it was
+    |   |             started here
+    |   +-- RefusedError   it refuses every request
     +-- WorkerError   a client process died or stopped answering
 """
 
@@ -20,7 +21,11 @@ class ConfigError(LoadgenError):
 
 
 class ServerError(LoadgenError):
-    """The server cannot be reached, lacks the model, refuses every request, or has ended."""
+    """The server cannot be reached, lacks the model, or has ended."""
+
+
+class RefusedError(ServerError):
+    """The server refuses every request; it may take others."""
 
 
 class WorkerError(LoadgenError):

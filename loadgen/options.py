@@ -238,9 +238,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     request("--model", help="default: the first that the server lists")
     text = (
         "random token ids or random words to /completions, or words to /chat/completions "
-        "(default: %(default)s)"
+        "(default: the first of these that the server takes)"
     )
-    request("--prompt-kind", choices=kinds, default=kinds[0], help=text)
+    request("--prompt-kind", choices=kinds, help=text)
     text = (
         "token ids, or words, in each prompt: N, or drawn from uniform:LOW:HIGH, "
         "normal:MEAN:STDDEV[:MAX] or lognormal:MEAN:STDDEV[:MAX] (default: %(default)s)"
@@ -261,13 +261,14 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
     request("--turns", type=_length, default=1, metavar="N", help=text)
     text = (
-        "do not send ignore_eos, an extension that some servers refuse; answers may then be "
-        "shorter than --output-tokens"
+        "send ignore_eos, an extension; without it answers may be shorter than --output-tokens "
+        "(default: send it unless the server refuses it)"
     )
-    request("--no-ignore-eos", dest="ignore_eos", action="store_false", help=text)
+    request("--ignore-eos", action=argparse.BooleanOptionalAction, help=text)
     text = (
         "ask for token ids, an extension that some servers refuse: tokens without text are then "
-        "timed too, and `ab` compares answers by tokens (default: in `ab` only)"
+        "timed too, and `ab` compares answers by tokens (default: in `ab`, unless a server refuses "
+        "it)"
     )
     request("--return-token-ids", action=argparse.BooleanOptionalAction, help=text)
     text = (

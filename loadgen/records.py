@@ -299,6 +299,8 @@ class RequestRecord(msgspec.Struct, frozen=True):
     """The index of the request in its chat."""
     without_done: bool = False
     """Whether the answer was whole without `[DONE]`."""
+    disobeys_ignore_eos: bool = False
+    """Whether the model ended the answer although the request had `ignore_eos`."""
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
     """The fields of the choice that ended the answer which are no part of OpenAI's API."""
 

@@ -30,7 +30,7 @@ from typing import Protocol, Self
 import msgspec
 
 from loadgen import server_metrics, worker
-from loadgen.errors import ConfigError, ServerError, WorkerError
+from loadgen.errors import ConfigError, RefusedError, WorkerError
 from loadgen.records import (
     MAX_DURATION_S,
     OPEN_WARMUP,
@@ -78,9 +78,9 @@ def run_legs(
     client processes are started and ended here. While this runs, SIGINT and SIGTERM end the
     measurement: the partial result is yielded, then KeyboardInterrupt is raised.
 
-    Raises ConfigError if the limit of open files is too low for the connections, ServerError if all
-    requests of the first warm-up of a configuration are refused, WorkerError if a client process
-    died or does not answer.
+    Raises ConfigError if the limit of open files is too low for the connections, RefusedError if
+    all requests of the first warm-up of a configuration are refused, WorkerError if a client
+    process died or does not answer.
     """
     _check_open_files(legs[0].config)
     with _Pool(legs, api_key, observer) as pool:
@@ -119,14 +119,14 @@ def run_legs(
 
 
 def _check_not_refused(outcomes: list[Failure | None]) -> None:
-    """Raise ServerError if every request was refused with a status 4xx, other than 408 and 429: the
-    requests are wrong, and more of them would show nothing new."""
+    """Raise RefusedError if every request was refused with 500 or a status 4xx, other than 408 and
+    429: the requests are wrong, and more of them would show nothing new."""
     refusals = [
         failure
         for failure in outcomes
         if failure is not None
         and failure.status is not None
-        and 400 <= failure.status < 500
+        and 400 <= failure.status <= 500
         and failure.status not in (408, 429)
     ]
     if outcomes and len(refusals) == len(outcomes):
@@ -136,7 +136,7 @@ def _check_not_refused(outcomes: list[Failure | None]) -> None:
             for name in ("ignore_eos", "return_token_ids")
             if name in first.message
         ]
-        raise ServerError(
+        raise RefusedError(
             f"the server refuses these requests: {first.status}: {first.message}{''.join(hints)}"
         )
 

@@ -168,6 +168,11 @@ def summarize(level: LevelResult) -> LevelSummary:
             f"{without_done} of {len(good)} answers had a finish reason and came without [DONE]: "
             "they end with the response"
         )
+    if ended := sum(record.disobeys_ignore_eos for record in good):
+        warnings.append(
+            f"{ended} of {len(good)} answers ended before --output-tokens, as this server does not "
+            "obey ignore_eos: their lengths are the model's, and differ between servers"
+        )
     if without_times:
         warnings.append(
             f"{without_times} of {len(good)} answers came without a chunk that has text: of their "

@@ -272,10 +272,17 @@ def test_a_failed_request_changes_the_status_and_is_not_compared(bench: Bench) -
 
 
 def test_a_refused_field_names_its_option(bench: Bench) -> None:
-    status, stdout, stderr = bench.run("", "--refuse return_token_ids")
+    status, stdout, stderr = bench.run("", "--refuse return_token_ids", "--return-token-ids")
     assert status == 2
     assert "(see --no-return-token-ids)" in stderr
     assert stdout == ""
+
+
+def test_what_one_server_refuses_is_sent_to_none(bench: Bench) -> None:
+    status, stdout, stderr = bench.run("", "--refuse return_token_ids")
+    assert status == 0, stderr
+    assert "going on as with --no-return-token-ids\n" in stderr
+    assert "same answers" in stdout
 
 
 def test_a_server_that_dies_at_start(bench: Bench) -> None:

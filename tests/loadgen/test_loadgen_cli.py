@@ -17,6 +17,7 @@ import pytest
 import loadgen
 from loadgen.cli import normalize_url
 from loadgen.errors import ConfigError
+from loadgen.records import PromptKind
 from loadgen.rows import MAX_RAW_ROWS
 from tests.loadgen.scripted_server import (
     DONE,
@@ -507,13 +508,34 @@ def test_a_request_that_the_server_refuses_stops_the_run_after_the_warm_up() -> 
         return [refusal] if "ignore_eos" in body else answer(3)
 
     with ScriptedServer(script) as server:
-        done = run(server.url, "--concurrency", "2", "--requests", "50")
-        assert len(server.bodies) == 2
+        done = run(server.url, "--concurrency", "2", "--requests", "50", "--ignore-eos")
+        assert len(server.bodies) == 2 + len(PromptKind)
         again = run(server.url, "--concurrency", "2", "--requests", "4", "--no-ignore-eos")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "unknown field ignore_eos (see --no-ignore-eos)" in done.stderr
     assert again.returncode == 0
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_server_that_refuses_what_is_sent_by_default_is_sent_other_requests(
+    status: int, tmp_path: Path
+) -> None:
+    """Some servers take no token ids, and some no ignore_eos; the run says what it sends then."""
+
+    def script(number: int, body: dict[str, Any]) -> list[Step]:
+        refused = "ignore_eos" in body or not isinstance(body["prompt"], str)
+        return [Status(status, {"detail": "no"})] if refused else answer(body["max_tokens"])
+
+    few = ("--concurrency", "2", "--requests", "4", "--output-tokens", "3")
+    out, lines = tmp_path / "out.json", tmp_path / "out.jsonl"
+    with ScriptedServer(script) as server:
+        done = run(server.url, *few, "--json", str(out), "--jsonl", str(lines))
+    assert done.returncode == 0, done.stderr
+    assert "no; going on as with --prompt-kind text --no-ignore-eos\n" in done.stderr
+    config = load(out)["config"]
+    assert (config["prompt_kind"], config["ignore_eos"]) == ("text", False)
+    assert len(lines.read_text().splitlines()) == 4
 
 
 def test_chat_and_the_key_from_the_environment() -> None:

@@ -335,6 +335,22 @@ def test_without_ignore_eos_fewer_tokens_are_fine_and_more_are_not() -> None:
     assert failure.kind is FailureKind.WRONG_TOKEN_COUNT
 
 
+@pytest.mark.parametrize("counted", [[], [usage(2)]])
+def test_an_answer_that_the_model_ends_shows_that_ignore_eos_is_not_obeyed(
+    counted: list[Step],
+) -> None:
+    """A server that takes the field and does not know it is no failure, but is told of."""
+    steps = [chunk("a"), chunk("b", "stop"), *counted, DONE]
+    got = ask(*steps)
+    assert got.failure is None
+    assert got.disobeys_ignore_eos
+    free = msgspec.structs.replace(CONFIG, ignore_eos=False)
+    assert not ask(*steps, config=free).disobeys_ignore_eos
+    assert not ask(*answer(4)).disobeys_ignore_eos
+    level = LevelResult(Load(1), StoppedBy.REQUESTS, [got], [], [])
+    assert any("1 of 1 answers ended before" in text for text in summarize(level).warnings)
+
+
 def test_missing_usage_falls_back_to_chunks() -> None:
     got = ask(*(chunk("a") for _ in range(3)), chunk("b", "length"), DONE)
     assert got.failure is None
