@@ -40,7 +40,9 @@ const DESCRIPTION = "The weather of a city.";
 
 let bodies = [];
 async function noting(input, init) {
-  if (typeof init?.body === "string") bodies.push({ url: String(input), body: JSON.parse(init.body) });
+  if (typeof init?.body === "string") {
+    bodies.push({ path: new URL(input).pathname, body: JSON.parse(init.body) });
+  }
   return fetch(input, init);
 }
 

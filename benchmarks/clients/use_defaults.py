@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from needs import needs
 from recording import recording
 from steps import Steps
 
@@ -826,7 +827,9 @@ def _ends(url: str) -> None:
 def run_client(name: str, url: str) -> dict[str, Any]:
     """Run the steps of a client, and return what came of them."""
     steps_for, packages = CLIENTS[name]
-    steps = Steps(*packages)
+    with needs(f"pip install {' '.join(packages)}"):
+        steps = Steps(*packages)
+        direct = steps_for(url)
     with recording(url) as (proxy, requests):
 
         def run(step: Step, beside: Step) -> None:
@@ -844,7 +847,7 @@ def run_client(name: str, url: str) -> dict[str, Any]:
             told.__name__ = step.__name__
             steps.run(told)
 
-        for step, beside in zip(steps_for(proxy), steps_for(url), strict=True):
+        for step, beside in zip(steps_for(proxy), direct, strict=True):
             run(step, beside)
     return steps.result()
 

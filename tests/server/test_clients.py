@@ -3,7 +3,9 @@ meant.
 
 `agents.json` has the bodies that `benchmarks/clients/use_agents.py` recorded from AutoGen's and
 LangChain's agents in two turns with a tool in each. `frameworks.json` has what
-`use_openai_agents.py`, `use_vercel_ai.mjs` and `use_frameworks.py` there recorded.
+`use_openai_agents.py`, `use_vercel_ai.mjs` and `use_frameworks.py` there recorded, and
+`defaults.json` what `use_defaults.py` and `use_defaults.mjs` did: of each client, some of the
+requests that differ in more than an id.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ Connect = Callable[..., httpx.AsyncClient]
 AGENTS: dict[str, list[dict[str, Any]]] = json.loads(
     Path(__file__).with_name("agents.json").read_text()
 )
-FRAMEWORKS: dict[str, list[dict[str, Any]]] = json.loads(
-    Path(__file__).with_name("frameworks.json").read_text()
-)
+FRAMEWORKS: dict[str, list[dict[str, Any]]] = {
+    f"{file}: {name}": requests
+    for file in ("frameworks", "defaults")
+    for name, requests in json.loads(Path(__file__).with_name(f"{file}.json").read_text()).items()
+}
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}<tool_call>{% endfor %}"
     "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content }}"
@@ -81,18 +85,24 @@ async def test_agents(connect: Connect, tokenizer: Tokenizer, agent: str, number
     assert all(f"weather {json.loads(c['function']['arguments'])}" in prompt for c in calls)
 
 
+def texts_in(content: Any) -> list[str]:
+    """The texts of a content, which are its parts or, in Anthropic's form, in results of tools."""
+    if isinstance(content, str):
+        return [content]
+    return [text for part in content for text in texts_in(part.get("text", part.get("content")))]
+
+
 def texts_of(body: dict[str, Any]) -> list[str]:
     """All texts that a user has said in a body, and all outputs of tools."""
     said = body.get("messages") or body["input"]
     if isinstance(said, str):
         return [said]
-    found = []
-    for item in said:
-        if item.get("role") in ("user", "tool") or "output" in item:
-            content = item.get("content", item.get("output"))
-            parts = [content] if isinstance(content, str) else [part["text"] for part in content]
-            found += parts
-    return found
+    return [
+        text
+        for item in said
+        if item.get("role") in ("user", "tool") or "output" in item
+        for text in texts_in(item.get("content", item.get("output")))
+    ]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
