@@ -137,7 +137,7 @@ def _other_requests(
     kind = found.get("prompt_kind", configs[0].prompt_kind)
     flags = [f"--prompt-kind {kind}"] if kind is not configs[0].prompt_kind else []
     flags += [f"--no-{name.replace('_', '-')}" for name in found if found[name] is False]
-    _say(f"{refused}; going on as with {' '.join(flags) or 'the same'}")
+    _say(f"{refused}; going on with {' '.join(flags) or 'the same, which it takes one by one'}")
     return found
 
 

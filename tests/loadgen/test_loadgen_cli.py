@@ -532,7 +532,7 @@ def test_a_server_that_refuses_what_is_sent_by_default_is_sent_other_requests(
     with ScriptedServer(script) as server:
         done = run(server.url, *few, "--json", str(out), "--jsonl", str(lines))
     assert done.returncode == 0, done.stderr
-    assert "no; going on as with --prompt-kind text --no-ignore-eos\n" in done.stderr
+    assert "no; going on with --prompt-kind text --no-ignore-eos\n" in done.stderr
     config = load(out)["config"]
     assert (config["prompt_kind"], config["ignore_eos"]) == ("text", False)
     assert len(lines.read_text().splitlines()) == 4
