@@ -6,7 +6,9 @@ REQ or DEALER socket, with the first number that it wants; it is sent the batche
 are still kept, in the same form, and one with the number -1 at the end.
 
 The loop of steps only encodes a batch and hands it over; a thread sends and replays. Nothing waits
-for a subscriber: to one that is too slow batches are lost, which their numbers show.
+for a subscriber: to one that is too slow batches are lost, which their numbers show. What is kept
+for those who are connected is bounded by their number and by the batches kept for replay, whose
+bytes all replays share.
 
 Knows: zmq, and the endpoints. Knows nothing of the cache.
 """
@@ -25,6 +27,7 @@ import zmq
 
 from minisrv.config import KVEventsConfig
 from minisrv.core.kv_events import KVCacheEvent
+from minisrv.engine.peers import PeerLimit
 from minisrv.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +35,11 @@ logger = logging.getLogger(__name__)
 MAX_QUEUED = 100_000
 """Maximum number of batches that wait for a subscriber, or for the thread; vLLM's default."""
 NUM_KEPT = 10_000
-"""Number of batches that are kept for replay; vLLM's default."""
+"""Maximum number of batches that are kept for replay; vLLM's default."""
+MAX_KEPT_BYTES = 64 << 20
+"""Maximum number of bytes of these batches together."""
+MAX_PEERS = 16
+"""Maximum number of connections to each endpoint."""
 NUMBER_BYTES = 8
 """The length of the number of a batch."""
 MAX_FRAME = 1024
@@ -76,8 +83,12 @@ class KVEventPublisher:
         self._publisher.set_hwm(MAX_QUEUED)
         self._replay = self._context.socket(zmq.ROUTER)
         self._replay.set_hwm(2 * (NUM_KEPT + 1))  # a whole replay fits, however slow its reader
-        self._replay.maxmsgsize = MAX_FRAME
-        self._kept: deque[tuple[int, bytes]] = deque(maxlen=NUM_KEPT)
+        self._limits = []
+        for socket in (self._publisher, self._replay):
+            socket.maxmsgsize = MAX_FRAME
+            self._limits.append(PeerLimit(socket, MAX_PEERS))
+        self._kept: deque[tuple[int, zmq.Frame]] = deque()
+        self._kept_bytes = 0
         try:
             _open(self._publisher, "kv_events_endpoint", config.endpoint)
             if config.replay_endpoint is not None:
@@ -114,6 +125,8 @@ class KVEventPublisher:
         poller = zmq.Poller()
         poller.register(self._outbox, zmq.POLLIN)
         poller.register(self._replay, zmq.POLLIN)
+        for limit in self._limits:
+            poller.register(limit.monitor, zmq.POLLIN)
         while True:
             ready = dict(poller.poll())
             # First, so that a replay has all that was published before it was asked for.
@@ -122,10 +135,21 @@ class KVEventPublisher:
                 if len(message) == 1:  # `close`
                     return
                 number, batch = message
-                self._kept.append((int.from_bytes(number, "big"), batch))
+                self._keep(int.from_bytes(number, "big"), batch)
                 self._publisher.send_multipart((self._topic, number, batch))
+            for limit in self._limits:
+                if limit.monitor in ready:
+                    limit.enforce()
             if self._replay in ready:
                 self._answer(self._replay.recv_multipart())
+
+    def _keep(self, number: int, batch: bytes) -> None:
+        """Keep a batch for replay, and drop the oldest ones if there are too many."""
+        self._kept.append((number, zmq.Frame(batch)))
+        self._kept_bytes += len(batch)
+        while len(self._kept) > NUM_KEPT or self._kept_bytes > MAX_KEPT_BYTES:
+            _, dropped = self._kept.popleft()
+            self._kept_bytes -= len(dropped)
 
     def _answer(self, message: list[bytes]) -> None:
         """Replay to a subscriber what it asks for. To one that has gone, zmq sends nothing."""
@@ -139,7 +163,10 @@ class KVEventPublisher:
         for number, batch in self._kept:
             if number >= first:
                 name = number.to_bytes(NUMBER_BYTES, "big")
-                self._replay.send_multipart((subscriber, b"", self._topic, name, batch))
+                # Frames are not copied: all replays of a batch hold the same bytes.
+                for frame in (subscriber, b"", self._topic, name):
+                    self._replay.send(frame, zmq.SNDMORE)
+                self._replay.send(batch, copy=False)
         self._replay.send_multipart((subscriber, b"", b"", END, b""))
 
 

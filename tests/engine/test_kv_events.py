@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import time
 from collections import deque
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import hash_block
 from minisrv.core.kv_events import RecordingBlockPool, RecordingScheduler, event_hash
 from minisrv.core.step import SchedulerOutput
-from minisrv.engine.kv_events import KVEventPublisher
+from minisrv.engine import kv_events
+from minisrv.engine.kv_events import MAX_PEERS, KVEventPublisher
 from minisrv.engine.process import EngineProcess
 from minisrv.errors import ConfigError
 from minisrv.request import EngineRequest, SamplingParams
@@ -214,6 +217,86 @@ def test_whoever_asks_for_no_replay_delays_nobody(
     finally:
         hostile.close(0)
         context.term()
+        publisher.close()
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the other side has greeted and has not closed."""
+    try:
+        greeting = connection.recv(1000)
+        return bool(greeting) and connection.recv(1000) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_strangers_take_no_more_than_the_allowed_connections(tmp_path: Path, kind: str) -> None:
+    """Those who come later are disconnected, a reader that was there is served, and when the
+    strangers have gone others are too. No descriptor is left behind."""
+    path = str(tmp_path / "replay")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    replay = f"ipc://{path}" if kind == "ipc" else f"tcp://*:{port}"
+    reached = replay.replace("*", "127.0.0.1")
+    events = f"ipc://{tmp_path}/events"
+    publisher = KVEventPublisher(KVEventsConfig(events, replay, ""))
+    load = Load(publisher, seed=1)
+    family = socket.AF_UNIX if kind == "ipc" else socket.AF_INET
+    strangers = [socket.socket(family) for _ in range(5 * MAX_PEERS)]
+    readers = [Consumer(events, reached)]
+    try:
+        for _ in range(50):
+            load.turn()
+        readers[0].catch_up()
+        for stranger in strangers:
+            stranger.connect(path if kind == "ipc" else ("127.0.0.1", port))
+        time.sleep(0.3)
+        for stranger in strangers:
+            stranger.setblocking(False)
+        kept = sum(map(is_open, strangers))
+        assert kept == MAX_PEERS - 1
+        for _ in range(20):
+            load.turn()
+        readers[0].catch_up()
+        assert readers[0].next_number == load.num_batches
+        for stranger in strangers:
+            stranger.close()
+        readers.append(Consumer(events, reached))
+        readers[1].catch_up()
+        assert readers[1].next_number == load.num_batches
+        (_, limit) = publisher._limits
+        assert limit.num_peers == 2
+    finally:
+        for each in (*strangers, *readers):
+            each.close()
+        publisher.close()
+
+
+def test_batches_kept_for_replay_have_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest ones are dropped, and a replay begins behind them."""
+    monkeypatch.setattr(kv_events, "MAX_KEPT_BYTES", 4000)
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config)
+    load = Load(publisher, seed=1)
+    assert config.replay_endpoint is not None
+    consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+    try:
+        for _ in range(200):
+            load.turn()
+        consumer._replay.send_multipart((b"", bytes(8)))
+        replayed = []
+        while (frames := consumer._replay.recv_multipart())[2] != kv_events.END:
+            replayed.append((int.from_bytes(frames[2], "big"), len(frames[3])))
+        numbers = [number for number, _ in replayed]
+        assert numbers == [*range(numbers[0], load.num_batches)]
+        assert numbers[0] > 0
+        assert 3000 < sum(size for _, size in replayed) <= 4000
+    finally:
+        consumer.close()
         publisher.close()
 
 
