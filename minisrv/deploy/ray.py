@@ -37,6 +37,7 @@ from minisrv import logs, threads
 from minisrv.cli import serve_settings
 from minisrv.deploy.forwarding import ReadRequest, answer
 from minisrv.deploy.prefix_routing import PrefixRouter, PromptReader
+from minisrv.deploy.replica_endpoints import check_endpoints, endpoints_of_replica
 from minisrv.deploy.replica_flags import flags_of, is_true
 from minisrv.engine.client import EngineClient, EngineState
 from minisrv.processes import raise_descriptor_limit
@@ -80,6 +81,7 @@ class Replica:
         bound_interpreter()
         raise_descriptor_limit()
         engine, server = serve_settings(flags)
+        server = endpoints_of_replica(server, serve.get_replica_context().rank.rank)
         check_settings(engine)
         with usable_temporary_directory():
             self._private_dir = Path(tempfile.mkdtemp(prefix="minisrv-"))
@@ -189,7 +191,8 @@ def app(settings: dict[str, Any]) -> serve.Application:
     Raises ConfigError, before any replica is started.
     """
     flags = flags_of({name: value for name, value in settings.items() if name != PREFIX_ROUTING})
-    serve_settings(flags)
+    _, server = serve_settings(flags)
+    check_endpoints(server)
     if not is_true(settings.get(PREFIX_ROUTING, False)):
         return serve.deployment(serve.ingress()(Replica), **_REPLICA).bind(flags)
     by_prefix = RequestRouterConfig(request_router_class=PrefixRouter)

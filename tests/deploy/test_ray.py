@@ -43,6 +43,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         settings = {**FLAGS, "api-key-file": str(keys), "prefix-routing": request.param}
+        settings["kv-events-endpoint"] = f"ipc://{keys.parent}/events"
         serve.run(_two_of_each(app(settings)), name="minisrv")
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -64,6 +65,15 @@ def client(url: str) -> Iterator[httpx.Client]:
     headers = {"authorization": "Bearer secret"}
     with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         yield client
+
+
+def test_each_replica_publishes_at_an_endpoint_of_its_own(
+    client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
+):
+    """Both have started, which the second could not do at the endpoint of the first."""
+    assert client.get("/ready").status_code == 200
+    found = {path.name for path in tmp_path_factory.getbasetemp().glob("keys*/events-*")}
+    assert found == {"events-0", "events-1"}
 
 
 def test_a_completion_is_that_of_a_server(client: httpx.Client):
