@@ -20,7 +20,6 @@ import random
 import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,19 +34,23 @@ from minisrv.cli import engine_config
 from minisrv.core.attention_work import AttentionWork
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.cost_model import CostModel, StepSample
-from minisrv.core.dispatcher import Dispatcher
-from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import build_ladders
-from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey
+from minisrv.modes import CUDAGraphMode, GraphKey
 from minisrv.request import EngineOutput, EngineRequest, SamplingParams
 from minisrv.tools.environment import environment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.prompt_heavy import Load, loads
+from benchmarks.simulation import (
+    EngineShape,
+    SimulatedEngine,
+    model_budget,
+    packed,
+    unpacked,
+)
 
 NO_TARGET_MS = 1e9
 """A target that every step meets; only engines with one keep the time of each step."""
@@ -175,89 +178,43 @@ class KeepsSteps(CostModel):
         self._model.observe(sample)
 
 
-def packed(sample: StepSample) -> list[Any]:
-    """Return a step as plain values."""
-    (mode, key), work, ms = sample
-    return [mode.name, key.num_tokens, key.uniform_decode, *work, round(ms, 4)]
-
-
-def unpacked(values: Sequence[Any]) -> StepSample:
-    """Return the step of such values."""
-    mode, num_tokens, uniform_decode, context, pairs, longest, ms = values
-    query_len = 1 if uniform_decode else None
-    key = BatchDescriptor(num_tokens, num_tokens if uniform_decode else None, query_len)
-    return StepSample((CUDAGraphMode[mode], key), AttentionWork(context, pairs, longest), ms)
-
-
 # ---- without a device ----------------------------------------------------------------------------
 
 
-class Simulation:
-    """The scheduler of an engine whose steps take the time that a model of costs predicts.
+class Simulation(SimulatedEngine):
+    """The engine of a report, with one of the budgets.
 
     steps: the steps that have run, with their numbers of prompt tokens and the times.
     """
 
     def __init__(self, report: dict[str, Any], device: CostModel, budget: str) -> None:
-        self.device = device
-        self.now_ms = 0.0
         self.steps: list[tuple[int, float]] = []
-        self._ahead = report["ahead"]
-        self._in_flight: deque[tuple[SchedulerOutput, float]] = deque()
+        self._learns = CostModel(map(unpacked, report["samples"]))
         ladders = build_ladders(
             CUDAGraphMode(report["mode"]),
             report["max_num_seqs"],
             report["max_num_batched_tokens"],
             max_default_mixed=report["max_default_mixed"],
         )
-        self._dispatcher = Dispatcher(ladders)
-        self._learns = CostModel(map(unpacked, report["samples"]))
-        by_model = PrefillBudget(
-            ladders.max_num_batched_tokens,
-            sizes=(*ladders.mixed, *ladders.eager_sizes),
-            predict_ms=self._predict_ms,
-            itl_target_ms=report["itl_target_ms"],
-        )
-        self._scheduler = Scheduler(
-            BlockPool(report["num_kv_blocks"], report["block_size"]),
-            by_model if budget == "model" else PrefillBudget(int(budget)),
-            max_num_seqs=report["max_num_seqs"],
+        shape = EngineShape(
+            ladders=ladders,
+            num_kv_blocks=report["num_kv_blocks"],
+            block_size=report["block_size"],
             max_model_len=report["max_model_len"],
-            max_waiting=10_000,
+            ahead=report["ahead"],
+        )
+        by_model = model_budget(shape, self._learns, report["itl_target_ms"])
+        super().__init__(
+            shape,
+            device,
+            by_model if budget == "model" else PrefillBudget(int(budget)),
             enable_prefix_caching=False,
         )
 
-    def _predict_ms(self, num_tokens: int, work: AttentionWork) -> float:
-        key = self._dispatcher.dispatch(num_tokens, 1, query_len=None).key
-        return self._learns.predict(key, work)
-
-    @property
-    def has_work(self) -> bool:
-        """See `Served`."""
-        return self._scheduler.has_work or bool(self._in_flight)
-
-    def add(self, request: EngineRequest) -> None:
-        """See `Served`."""
-        self._scheduler.add(request, seed=0)
-
-    def step(self) -> list[EngineOutput]:
-        """See `Served`."""
-        while len(self._in_flight) <= self._ahead:
-            output = self._scheduler.schedule()
-            if output is None:
-                break
-            begin = self._in_flight[-1][1] if self._in_flight else self.now_ms
-            dispatch = self._dispatcher.dispatch(
-                output.num_tokens, output.num_rows, query_len=output.query_len
-            )
-            ms = self.device.predict(dispatch.key, output.work)
-            self._learns.observe(StepSample(dispatch.key, output.work, ms))
-            self.steps.append((output.num_tokens - output.num_decodes, ms))
-            self._in_flight.append((output, begin + ms))
-        if not self._in_flight:
-            return []
-        output, self.now_ms = self._in_flight.popleft()
-        return self._scheduler.update(output.step_id, [[1]] * output.num_rows)
+    def ran(self, output: SchedulerOutput, key: GraphKey, ms: float) -> None:
+        """See `SimulatedEngine`."""
+        self._learns.observe(StepSample(key, output.work, ms))
+        self.steps.append((output.num_tokens - output.num_decodes, ms))
 
 
 def simulate(options: argparse.Namespace) -> dict[str, Any]:

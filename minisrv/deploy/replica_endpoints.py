@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from minisrv.config import ServerConfig
 from minisrv.errors import ConfigError
@@ -47,7 +48,7 @@ def check_endpoints(server: ServerConfig) -> None:
 def endpoints_of_replica(server: ServerConfig, rank: int) -> ServerConfig:
     """Return the settings with the endpoints of the replica of a rank. Raises ConfigError if there
     are too many replicas for the endpoints, which `check_endpoints` has accepted."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in _FIELDS:
         endpoint = getattr(server, name)
         if endpoint is None:

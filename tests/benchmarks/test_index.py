@@ -19,6 +19,7 @@ INDEX = (FOLDER / "README.md").read_text()
 SHARED = {
     *("layers.py", "memory.py", "questions.py", "hostile_cases.py"),
     *("steps.py", "needs.py", "recording.py", "streams.py"),
+    *("simulation.py", "arrivals.py", "routers.py"),
 }
 SCRIPTS = [
     path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("clients/*.py")) if path.name not in SHARED
