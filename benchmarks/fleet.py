@@ -151,6 +151,7 @@ def serve(
             arrival = waiting.pop()
             name, hashes = str(len(found)), block_hashes(arrival.prompt, size)
             index = choose(known, hashes)
+            told, expected = known[index].num_cached(hashes), known[index].num_expected(hashes)
             known[index].sent(hashes)
             hashes_of[name] = hashes
             found[name] = {
@@ -158,6 +159,8 @@ def serve(
                 "late_ms": 0.0,
                 "replica": index,
                 "prompt_tokens": len(arrival.prompt),
+                "told_tokens": told * size,
+                "expected_tokens": expected * size,
                 "cached_tokens": 0,
                 "tokens": arrival.output_tokens,
                 "chunk_ms": [],
@@ -176,6 +179,7 @@ def serve(
         if engine.next_ms == math.inf:
             sys.exit("a request does not fit the KV cache")
         for output in engine.retire():
+            known[index].stepped()
             request = found[output.request_id]
             if output.token_ids:
                 if not request["chunk_ms"]:

@@ -5,9 +5,9 @@ cache of each then reports, and what clients see.
 
 Starts servers with `--kv-events-endpoint`, sends requests with shared prefixes at random times
 (a Poisson process), each to the replica that the router chooses, and compares for each the number
-of cached tokens that was predicted when it was sent with the one that its usage reports. Events
-alone say what is cached; the router adds what it has sent to the same replica and what is being
-computed there. `--trace` keeps the steps of each server, which `fleet.py` learns from.
+of cached tokens that was predicted when it was sent with the one that its usage reports. "told" is
+what the events have told by then; "expected" adds the prompts that the replica is computing.
+`--trace` keeps the steps of each server, which `fleet.py` learns from.
 
 Needs `pip install httpx`.
 """
@@ -167,6 +167,7 @@ async def ask(
                 continue
             chunk = msgspec.json.decode(line[6:])
             if chunk["choices"]:
+                server.replica.stepped()
                 if not times:
                     server.replica.computed(hashes)
                 times.append(round(1000 * (time.perf_counter() - began), 3))

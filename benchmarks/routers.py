@@ -44,6 +44,7 @@ class Replica:
         self.open_requests = 0
         self._cache = cache
         self._being_computed: Counter[bytes] = Counter()
+        self._queued: list[Sequence[bytes]] = []
 
     def num_cached(self, hashes: Sequence[bytes]) -> int:
         """Return how many blocks of a prompt its cache has according to its events."""
@@ -51,19 +52,30 @@ class Replica:
 
     def num_expected(self, hashes: Sequence[bytes]) -> int:
         """Return how many blocks of a prompt its cache will have when the prompt's turn comes: also
-        those of prompts that it has been sent and is computing."""
+        those of prompts that a step is computing now, but not those of prompts that wait for the
+        same step as this one."""
         for index, each in enumerate(hashes):
             if each not in self._cache and not self._being_computed[each]:
                 return index
         return len(hashes)
 
     def sent(self, hashes: Sequence[bytes]) -> None:
-        """Note that a request has been sent to it."""
+        """Note that a request has been sent to it. An idle one begins with it at once."""
+        self._queued.append(hashes)
+        if not self.open_requests:
+            self.stepped()
         self.open_requests += 1
-        self._being_computed.update(hashes)
+
+    def stepped(self) -> None:
+        """Note that it has begun a step with all that it has been sent: tokens of the step before
+        have come."""
+        for hashes in self._queued:
+            self._being_computed.update(hashes)
+        self._queued.clear()
 
     def computed(self, hashes: Sequence[bytes]) -> None:
         """Note that the prompt of a request has been computed: its first token has come."""
+        self.stepped()
         self._being_computed -= Counter(hashes)
 
     def ended(self) -> None:

@@ -165,16 +165,26 @@ def test_events_predict_exactly_what_a_prefix_cache_finds() -> None:
 
 
 def test_what_is_being_computed_is_expected_to_be_there() -> None:
-    """A prompt that follows another with the same beginning finds it, though no event has told."""
+    """A prompt that follows another with the same beginning finds it, though no event has told,
+    unless both wait for the same step."""
     replica = Replica(KnownCache())
     hashes = block_hashes([*range(41)], BLOCK)
     replica.sent(hashes[:6])
     assert (replica.num_cached(hashes), replica.num_expected(hashes)) == (0, 6)
     replica.sent(hashes)
+    assert replica.num_expected(hashes) == 6
     replica.computed(hashes[:6])
     assert replica.num_expected(hashes) == 10
     replica.computed(hashes)
     assert replica.num_expected(hashes) == 0
+
+
+def test_simulated_caches_find_what_routers_expect() -> None:
+    """Also where several prompts with the same beginning come during a step."""
+    replica = fleet.MeasuredReplica.of(trace(kv_blocks=2000))
+    found = predictions(fleet.serve(replica, 2, "kv-events", load(400, rate=400)))
+    assert found["expected"]["absolute_error"] < 0.01
+    assert found["told"]["wrong"] > found["expected"]["wrong"]
 
 
 def test_the_work_of_traced_steps_is_that_of_the_scheduler() -> None:
