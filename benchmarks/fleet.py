@@ -3,8 +3,9 @@
     python -m benchmarks.fleet validate run.json --trace run-0.ndjson
     python -m benchmarks.fleet sweep --trace run-0.ndjson --replicas 1,2,4,8 --rate 6 --plot F
 
-A simulated replica has the scheduler and the prefix cache of a real one, and its steps take the
-time that a cost model predicts which is fitted to a step trace. `validate` repeats a run of
+A simulated replica has the scheduler and the prefix cache of a real one. Its steps take the time
+that a cost model predicts which is fitted to a step trace, times a factor by which a traced step of
+the same kind, which is drawn, took longer than predicted. `validate` repeats a run of
 `kv_routing.py`, with the same requests and router, and says by how much it is off. `sweep` serves a
 load by each number of replicas behind each router, with the same rate for each replica, and for
 each share of requests with a shared prefix. Its requests come at random times, or with `--arrivals`
@@ -16,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +36,7 @@ from minisrv.core.attention_work import AttentionWork
 from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import Ladders
-from minisrv.modes import BatchDescriptor, CUDAGraphMode
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey
 from minisrv.request import EngineRequest, SamplingParams
 
 
@@ -41,11 +44,14 @@ from minisrv.request import EngineRequest, SamplingParams
 class MeasuredReplica:
     """A replica as its step trace describes it.
 
+    deviations: the factors by which traced steps took longer than the costs say, of those with
+        prompts (False) and of pure decode (True).
     itl_target_ms: infinite for none.
     """
 
     shape: EngineShape
     costs: CostModel
+    deviations: dict[bool, list[float]]
     itl_target_ms: float
 
     @classmethod
@@ -72,13 +78,34 @@ class MeasuredReplica:
             ahead=header["async_scheduling"],
         )
         steps = [line for line in rest if line["type"] == "step"]
-        costs = CostModel(samples_of(steps, ladders))
-        return cls(shape, costs, header["itl_target_ms"] or math.inf)
+        samples = [*samples_of(steps, ladders)]
+        costs = CostModel(samples)
+        deviations: dict[bool, list[float]] = {False: [], True: []}
+        for key, work, ms in samples:
+            deviations[key[1].uniform_decode].append(ms / costs.predict(key, work))
+        return cls(shape, costs, deviations, header["itl_target_ms"] or math.inf)
 
-    def start(self) -> SimulatedEngine:
-        """Return an engine of it."""
+    def start(self, draw: random.Random) -> SimulatedEngine:
+        """Return an engine of it, whose steps deviate as `draw` says."""
         budget = model_budget(self.shape, self.costs, self.itl_target_ms)
-        return SimulatedEngine(self.shape, self.costs, budget, enable_prefix_caching=True)
+        device = _Device(self.costs, self.deviations, draw)
+        return SimulatedEngine(self.shape, device, budget, enable_prefix_caching=True)
+
+
+class _Device(CostModel):
+    """A device whose steps take the predicted times, but for deviations that are drawn."""
+
+    def __init__(
+        self, costs: CostModel, deviations: dict[bool, list[float]], draw: random.Random
+    ) -> None:
+        self._costs, self._deviations, self._draw = costs, deviations, draw
+
+    def predict(self, key: GraphKey, work: AttentionWork) -> float:
+        """Return the time of the next step."""
+        deviations = self._deviations[key[1].uniform_decode]
+        if not deviations:
+            sys.exit(f"the trace has no step like one of {key[1].num_tokens} tokens, {key[0].name}")
+        return self._costs.predict(key, work) * self._draw.choice(deviations)
 
 
 def samples_of(steps: Iterable[dict[str, Any]], ladders: Ladders) -> Iterator[StepSample]:
@@ -138,7 +165,7 @@ def serve(
     request_ms: the time of a request outside the engine, which is part of its TTFT.
     """
     choose = make_router(router, seed)
-    engines = [replica.start() for _ in range(number)]
+    engines = [replica.start(random.Random(f"{seed} {index}")) for index in range(number)]
     known = [Replica(CachedBlocks(engine.block_pool)) for engine in engines]
     size = replica.shape.block_size
     waiting = sorted(arrivals, key=lambda arrival: arrival.due_ms)[::-1]
@@ -193,10 +220,14 @@ def serve(
 
 
 def idle_ttft_ms(replica: MeasuredReplica, prompt_tokens: int) -> float:
-    """Return the time to the first token of a request to an idle replica."""
-    [request] = serve(replica, 1, "random", [Arrival(0.0, [*range(prompt_tokens)], 2)])
-    first: float = request["chunk_ms"][0]
-    return first
+    """Return the median time to the first token of requests to an idle replica."""
+    apart_ms = 1e6
+    arrivals = [Arrival(apart_ms * n, [n] * prompt_tokens, 2) for n in range(IDLE_REPEATS)]
+    return median(each["chunk_ms"][0] for each in serve(replica, 1, "random", arrivals))
+
+
+IDLE_REPEATS = 99
+"""Number of requests of which the median is taken."""
 
 
 # ---- commands ------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_simulated_caches_find_what_routers_expect() -> None:
 def test_the_work_of_traced_steps_is_that_of_the_scheduler() -> None:
     """Also of chunks behind tokens that were found in the cache, which a trace does not name."""
     replica = fleet.MeasuredReplica.of(trace())
-    engine = replica.start()
+    engine = replica.start(random.Random(1))
     ran: list[tuple[SchedulerOutput, GraphKey, float]] = []
     engine.ran = lambda *step: ran.append(step)  # type: ignore[method-assign]
     draw = random.Random(1)
