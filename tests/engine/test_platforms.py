@@ -39,6 +39,8 @@ from tests.engine.test_memory import MODEL
 
 MIB = 1 << 20
 FULL = CUDAGraphMode.FULL
+ONE_TOKEN = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
+"""Limits of an engine with few graphs."""
 
 
 class Gpu(CUDAPlatform):
@@ -364,7 +366,7 @@ def test_the_next_start_of_the_same_engine_makes_no_probe(caplog, job, checkpoin
 
         return gpu.plan_memory(EngineConfig(**settings), shape, make_runner, 4321, 1, job)
 
-    config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
+    config = EngineConfig(model=checkpoint, device="cpu", num_kv_blocks=100, **ONE_TOKEN)
     runner = build_engine(config).runner
 
     def check(plan: MemoryPlan, used: int) -> None:
@@ -481,7 +483,7 @@ def test_a_cache_whose_size_is_given_needs_no_probe(job):
 
 
 def test_a_plan_that_does_not_hold_names_the_flag_and_a_size_that_does(checkpoint):
-    config = EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu", num_kv_blocks=100)
+    config = EngineConfig(model=checkpoint, device="cpu", num_kv_blocks=100, **ONE_TOKEN)
     runner = build_engine(config).runner
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=1)
     plan = MemoryPlan(kv_cache_bytes=1 << 30, graph_bytes=5 * MIB, step_bytes=MIB)
@@ -541,7 +543,7 @@ def test_the_room_for_one_more_graph():
 
 def test_the_room_beside_a_cache_of_a_given_size_leaves_out_that_of_a_step(checkpoint):
     """Graphs took all of the GPU, and the next largest step failed."""
-    runner = build_engine(EngineConfig(model=checkpoint, max_num_seqs=1, device="cpu")).runner
+    runner = build_engine(EngineConfig(model=checkpoint, device="cpu", **ONE_TOKEN)).runner
     config = EngineConfig(model=checkpoint, num_kv_blocks=100)
     shape = KVCacheShape(bytes_per_block=MIB, blocks_per_context=1)
     gpu = Gpu(used=700 * MIB, kept=200 * MIB)

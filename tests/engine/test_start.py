@@ -14,6 +14,7 @@ import torch
 
 from minisrv.checkpoint import describe_model, open_checkpoint, transformers_decoder
 from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.engine.heartbeat import Heartbeat
 from minisrv.engine.messages import Ready
 from minisrv.engine.process import _EngineServer
@@ -86,6 +87,15 @@ def test_an_engine_runs_one_step_on_the_meta_device(
     monkeypatch.setattr(transformers_decoder, "_recorded", counted)
     load_model(config, directory, dtype=torch.float32)
     assert len(steps) == 1
+
+
+@pytest.mark.usefixtures("collections")
+def test_a_capture_leaves_nothing_frozen(tmp_path: Path) -> None:
+    """An engine in a process that has frozen nothing leaves its objects to the collector."""
+    graphs = SETTINGS | {"enforce_eager": False, "max_num_seqs": 1, "max_num_batched_tokens": 8}
+    config = EngineConfig(model=str(make_checkpoint(tmp_path, "llama")), **graphs)
+    assert build_engine(config).runner.graphs
+    assert gc.get_freeze_count() < 10_000  # from Python 3.12 on, what is never freed counts
 
 
 @pytest.mark.usefixtures("collections")
