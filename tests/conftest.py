@@ -55,8 +55,9 @@ MOST_WORKERS = 4
 QUICK = ("core", "graph", "nn", "runner", "server", "text", "tools")
 """Directories whose tests start no servers, run no model for long and interpret no kernels."""
 
-NOT_QUICK = ("test_compile.py", "test_transformers_model.py")
-"""Files in these directories that compile models, or make one of every architecture."""
+NOT_QUICK = ("test_compile.py", "test_transformers_model.py", "test_openapi.py")
+"""Files in these directories that compile models, make one of every architecture, or search for
+bodies at random for a minute."""
 
 
 @pytest.fixture

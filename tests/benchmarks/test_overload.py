@@ -20,7 +20,7 @@ def test_every_request_ends_in_tokens_a_429_or_a_deadline(tmp_path, monkeypatch,
     monkeypatch.setattr(overload, "SETTLE_S", 0.3)
     monkeypatch.setattr(overload, "SAMPLE_S", 0.3)
     command = f"{SERVE} {SMALL} --max-waiting 8 --request-timeout 60"
-    numbers = "--max-num-seqs 2 --minutes 0.05 --capacity-seconds 4 --output-tokens 32"
+    numbers = "--max-num-seqs 2 --minutes 0.03 --capacity-seconds 1.5 --output-tokens 32"
     monkeypatch.setattr("sys.argv", ["overload.py", *numbers.split(), "--json", str(out), command])
     assert overload.main() == 0
 

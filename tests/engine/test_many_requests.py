@@ -10,7 +10,7 @@ from tests.engine.tape import LIMITS, make_tape, play
 
 
 @pytest.mark.parametrize(
-    ("device", "number"), [("cpu", 200), pytest.param("cuda", 2000, marks=pytest.mark.gpu)]
+    ("device", "number"), [("cpu", 130), pytest.param("cuda", 2000, marks=pytest.mark.gpu)]
 )
 def test_one_step_ahead(device, number):
     """Blocks and request indices are checked at every step, through random lengths, aborts,

@@ -70,7 +70,7 @@ def make(tokenizer: Tokenizer, **options: Any) -> FastAPI:
     return create_app(engine, tokenizer, served_model_names=names, generation=GENERATION, **options)
 
 
-SETTINGS = settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture
