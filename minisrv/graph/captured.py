@@ -11,7 +11,8 @@ from minisrv.graph.backend import Replay
 class CapturedGraph:
     """A captured graph: its pieces, and what runs between them without being captured.
 
-    calls: the functions that a replay calls, in order.
+    calls: the functions that a replay calls, in order: the pieces, of which a PIECEWISE graph has
+        one more than the model has attention layers, and attention between them.
     captured_inputs: the address of every tensor that the capture was given, and the numbers that it
         holds; a replay is valid for these only.
     nbytes: the number of bytes that the capture took; 0 if it fits into memory that other graphs
@@ -26,9 +27,3 @@ class CapturedGraph:
         """Run the graph."""
         for run in self.calls:
             run()
-
-    @property
-    def num_pieces(self) -> int:
-        """Number of captured segments: 1 for FULL, the number of attention layers plus 1 for
-        PIECEWISE."""
-        return (len(self.calls) + 1) // 2
