@@ -19,7 +19,7 @@ from minisrv.request import FinishReason
 from tests.engine.tape import LIMITS, judge, make_tape, play
 
 VOCAB = 4096
-TAPE = make_tape(100, VOCAB, seed=1)
+TAPE = make_tape(115, VOCAB, seed=9)
 MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
