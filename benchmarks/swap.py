@@ -75,8 +75,9 @@ class Phases:
     def note(self, phase: str) -> None:
         """Note the phase at this moment, and say that it has begun."""
         if phase != self.now:
-            self.began.append((clock(), phase))
-            print(f"{phase} after {clock() - self.began[0][0]:.1f} s", file=sys.stderr)
+            now_s = clock()
+            self.began.append((now_s, phase))
+            print(f"{phase} after {now_s - self.began[0][0]:.1f} s", file=sys.stderr)
 
     @property
     def seconds(self) -> dict[str, float]:
