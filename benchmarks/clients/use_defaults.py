@@ -70,6 +70,18 @@ def user(text: str) -> Any:
     return {"role": "user", "content": text}
 
 
+def tool_results(message: Any) -> list[Any]:
+    """Return the messages with the results of the calls that a message of OpenAI's form has."""
+    return [
+        {
+            "role": "tool",
+            "tool_call_id": call.id,
+            "content": weather(**json.loads(call.function.arguments)),
+        }
+        for call in message.tool_calls
+    ]
+
+
 def nonempty(text: Any) -> str:
     assert isinstance(text, str)
     assert text.strip()
@@ -122,14 +134,7 @@ def openai_chat(base: str) -> Sequence[Step]:
         said = [user(QUESTION)]
         first = chat.create(model=MODEL, messages=said, tools=[TOOL], tool_choice="required")
         message = first.choices[0].message
-        results = [
-            {
-                "role": "tool",
-                "tool_call_id": call.id,
-                "content": weather(**json.loads(call.function.arguments)),
-            }
-            for call in message.tool_calls
-        ]
+        results = tool_results(message)
         again = chat.create(model=MODEL, messages=[*said, message, *results], tools=[TOOL])
         return [result["content"] for result in results] + [again.choices[0].finish_reason]
 
@@ -342,14 +347,7 @@ def _litellm(provider: str, api_base: str) -> Sequence[Step]:
         asked = {"tools": [TOOL], **settings}
         first: Any = litellm.completion(messages=said, tool_choice="required", **asked)
         message = first.choices[0].message
-        results = [
-            {
-                "role": "tool",
-                "tool_call_id": call.id,
-                "content": weather(**json.loads(call.function.arguments)),
-            }
-            for call in message.tool_calls
-        ]
+        results = tool_results(message)
         again: Any = litellm.completion(messages=[*said, message, *results], **asked)
         return [result["content"] for result in results] + [again.choices[0].finish_reason]
 

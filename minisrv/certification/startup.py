@@ -54,9 +54,9 @@ def capture_graphs(
                 on_progress(done, len(keys))
                 add_graph(runner, space, key)
     finally:
-        # All objects are unfrozen at once, so nothing is where the process had frozen its own
-        # before. Some hundred frozen objects do not tell that: from Python 3.12 on, the collector
-        # counts those among them that are never freed.
+        # All objects are unfrozen at once, so they stay frozen if the process had frozen its own
+        # before. A few hundred frozen objects do not say so: from Python 3.12 on, those that are
+        # never freed are counted among them.
         if 2 * frozen_before < gc.get_freeze_count():
             gc.unfreeze()
     on_progress(len(keys), len(keys))

@@ -285,7 +285,8 @@ class Compilation:
             finally:
                 process.close()
         self._lap("compile")
-        yield from compiled_kernels(self._compile_kernels(found), self._turn)
+        with _refused_as(Refusal.COMPILE):
+            yield from compiled_kernels(self._compile_kernels(found), self._turn)
         self._lap("kernels")
         new = yield from self._load(compiler, found)
         runner, pool, turn = self._runner, self._pool, self._turn

@@ -523,6 +523,27 @@ def test_kernels_of_a_program_are_compiled_before_it_is_loaded(checkpoint):
     assert {"compile", "kernels", "load", "certify"} == way.report.seconds.keys()
 
 
+def test_an_error_while_kernels_are_compiled_is_a_refusal(checkpoint):
+    """It ended the engine."""
+    engine = start(checkpoint, None)
+    runner, pool = engine.runner, engine.scheduler.block_pool
+
+    def compile_kernels(program: Path) -> Generator[None, None, str]:
+        yield
+        raise OSError("the disk is full")
+
+    background = Background()
+    compiler = FakeCompiler(model=runner.model, process=Process([MADE]))
+    way = Compilation(
+        background, compiler, runner, pool, CPUTapeBackend, compile_kernels=compile_kernels
+    )
+    way.capture_graphs(runner.ladders.keys(), nothing)
+    while way.is_under_way:
+        background.advance(busy=False)
+    assert way.report.refusals == {"compile": 1}
+    assert "the disk is full" in way.report.reason
+
+
 def test_an_engine_that_ends_ends_the_process_that_compiles(checkpoint):
     compiler = FakeCompiler(process=Process([Progress()]))
     engine = start(checkpoint, compiler)
