@@ -50,7 +50,7 @@ only the second step follows one of its own mode."""
 COMPILED = "compiled"
 """Prefix of the names of modes whose steps run by compiled code."""
 
-PREFILL_CHUNKS = (128, 512, 2048)
+PREFILL_CHUNKS = (128, 512, 2048, 8192)
 """Numbers of tokens of the measured prefill chunks; a chunk is cut to the maximum of a step."""
 
 FORMULAS = (
