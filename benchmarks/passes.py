@@ -226,6 +226,7 @@ def make_ways(
             continue
         finally:
             seconds[name], began = time.monotonic() - began, time.monotonic()
+            print(f"{name}: {seconds[name]:.0f} s of compilation", file=sys.stderr)
         ways[name] = Way(Generation.empty(runner, make_backend(), code), eager)
     programs = running.wait()
     seconds["all programs"] = time.monotonic() - first
@@ -240,9 +241,10 @@ def make_ways(
             pieces=len(described.pieces),
         )
     began = time.monotonic()
-    for way in ways.values():
+    for name, way in ways.items():
         if not way.eager and way.generation.program is not None:
             capture(parts, way.generation, steps)
+            print(f"captured: {name}", file=sys.stderr)
     seconds["capture and certify"] = time.monotonic() - began
     return ways, seconds, failures
 

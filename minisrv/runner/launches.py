@@ -20,10 +20,11 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisrv.compile.decorator import CompiledForward
 from minisrv.core.step import SchedulerOutput
 from minisrv.graph.cpu_tape import is_launch
 from minisrv.graph.observer import StepObserver
-from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey
+from minisrv.modes import BatchDescriptor, CUDAGraphMode, GraphKey, Stage
 from minisrv.nn.model import Model
 
 
@@ -52,7 +53,8 @@ class LaunchCensus(StepObserver):
     """Knows how many launches a stage takes without a graph, for the shapes that have been
     certified: it counts the eager run of each with which its graph is compared.
 
-    model: the model, whose compiled code has other numbers than its own.
+    model: the model, whose compiled code has other numbers than its own. Code that is compiled as a
+        whole has none: it calls its kernels past torch.
     """
 
     is_told_of_trials = True
@@ -68,7 +70,10 @@ class LaunchCensus(StepObserver):
 
     def stage(self, key: GraphKey, output: SchedulerOutput) -> AbstractContextManager[None] | None:
         """See `StepObserver`. No step of a request is counted, which would make it slow."""
-        shape = (self._model.compiled is not None, key[1])
+        compiled, descriptor = self._model.compiled, key[1]
+        if isinstance(compiled, CompiledForward) and descriptor.stage is Stage.MODEL:
+            return None  # under a dispatch mode Dynamo would also trace the whole model anew
+        shape = (compiled is not None, descriptor)
         is_trial = output.step_id < 0
         if not is_trial or key[0] is not CUDAGraphMode.NONE or shape in self._counts:
             return None

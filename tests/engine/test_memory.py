@@ -165,9 +165,10 @@ def test_blocks_that_are_asked_for_are_taken_as_they_are():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.3, 0.6])
-def test_what_the_probe_says_is_enough_and_little_more(share):
+def test_what_the_probe_says_is_enough_and_little_more(share, caplog):
     """The probe's prediction of the graphs' memory is enough and not far too much: the cache takes
-    the rest of the memory, and the largest steps still run."""
+    the rest of the memory, and the largest steps still run. A start is repeated if another process
+    took or freed memory of the GPU during its probe."""
     config = EngineConfig(
         device="cuda",
         gpu_memory_utilization=share,
@@ -175,7 +176,14 @@ def test_what_the_probe_says_is_enough_and_little_more(share):
         max_num_batched_tokens=2048,
         cudagraph_capture="whole",
     )
-    engine = build_engine(config)
+    for _ in range(5):
+        caplog.clear()
+        engine = build_engine(config)
+        if "another process" not in caplog.text:
+            break
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
     actual = sum(graph.nbytes for graph in engine.runner.graphs.values())
     assert engine.memory.graph_bytes is not None
     assert actual <= engine.memory.graph_bytes <= 2 * actual + (64 << 20)

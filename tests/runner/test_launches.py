@@ -8,7 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from minisrv.certification.batches import BatchRow
 from minisrv.certification.timing import time_graphs
+from minisrv.certification.trial import StepTrial, reserved_space
+from minisrv.compile.decorator import CompiledForward
 from minisrv.config import EngineConfig
 from minisrv.core.ladder import epilogue_descriptor
 from minisrv.engine import builder, step_costs
@@ -19,7 +22,7 @@ from minisrv.graph.observer import observing
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, StageOutput
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.runner import launches
-from minisrv.runner.launches import LaunchCounter, SimulatedLaunches, busy_wait
+from minisrv.runner.launches import LaunchCensus, LaunchCounter, SimulatedLaunches, busy_wait
 from tests.checkpoints import make_checkpoint
 
 LAYERS = 2
@@ -106,6 +109,23 @@ def test_counting_leaves_nothing_behind(checkpoint):
     engine.step()
     assert counter.count == PIECES + 1, "what runs behind the block is not counted"
     assert engine.runner.observers == before
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_code_that_is_compiled_as_a_whole_has_no_number(checkpoint, is_whole):
+    """Its kernels are called past torch, and Dynamo would trace the model anew below a count."""
+    engine = start(checkpoint, "none")
+    model, key = engine.runner.model, (CUDAGraphMode.NONE, BatchDescriptor(4))
+    census = LaunchCensus(model)
+    model.compiled = CompiledForward(model.forward) if is_whole else None
+    with (
+        reserved_space(engine.runner, engine.scheduler.block_pool) as space,
+        observing(engine.observers, census),
+    ):
+        trial = StepTrial(engine.runner, space, key, (BatchRow(0, 4),))
+        trial.run(None)
+        trial.clear()
+    assert census.count(key[1], int(is_whole)) == (None if is_whole else FORWARD)
 
 
 @pytest.fixture
