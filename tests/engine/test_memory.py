@@ -176,14 +176,15 @@ def test_what_the_probe_says_is_enough_and_little_more(share, caplog):
         max_num_batched_tokens=2048,
         cudagraph_capture="whole",
     )
-    for _ in range(5):
-        caplog.clear()
-        engine = build_engine(config)
+    engine = build_engine(config)
+    for _ in range(4):
         if "another process" not in caplog.text:
             break
-        del engine
+        caplog.clear()
+        engine = None
         gc.collect()
         torch.cuda.empty_cache()
+        engine = build_engine(config)
     actual = sum(graph.nbytes for graph in engine.runner.graphs.values())
     assert engine.memory.graph_bytes is not None
     assert actual <= engine.memory.graph_bytes <= 2 * actual + (64 << 20)
