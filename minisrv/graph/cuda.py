@@ -21,8 +21,10 @@ from minisrv.graph.backend import Replay
 
 @cache
 def engine_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which engines of this process run."""
-    return torch.cuda.Stream(device)
+    """Return the stream on which engines of this process run. Nothing else may use it, as all that
+    it gets during a capture is recorded. torch hands out 32 streams of each priority by turns, so
+    this is one of a priority that nothing else here asks for."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class CUDABackend:

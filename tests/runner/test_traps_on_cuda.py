@@ -217,6 +217,13 @@ def test_trap_11_other_threads_may_use_the_gpu_while_graphs_are_captured(model):
     assert torch.cuda.current_stream() == engine_stream(torch.device("cuda", 0))
 
 
+def test_trap_11_no_other_stream_is_the_engines():
+    """torch hands out the streams of a pool by turns, and would give one of them twice."""
+    device = torch.device("cuda", 0)
+    others = {torch.cuda.Stream(device).cuda_stream for _ in range(100)}
+    assert engine_stream(device).cuda_stream not in others
+
+
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_12_graphs_are_right_when_others_are_gone(model, mode):
     """Engines share a process and graphs share a memory pool; none needs memory that another one
