@@ -92,8 +92,12 @@ read less."""
 
 MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (1, 1024, 3072, False, True): GemvTile(8, 2048, 8),
+    (1, 1152, 6912, False, False): GemvTile(2, 4096, 4),
+    (1, 1536, 1152, False, False): GemvTile(4, 1024, 2),
     (1, 4096, 4096, False, True): GemvTile(4, 2048, 4),
     (1, 4096, 14336, False, True): GemvTile(4, 4096, 4),
+    (1, 13824, 1152, True, False): GemvTile(8, 256, 1),
+    (1, 262144, 1152, False, False): GemvTile(8, 128, 1),
     (16, 6144, 1024, True, False): SlicedTile(16, 4, 3),
     (32, 6144, 1024, True, False): SlicedTile(16, 4, 3),
 }

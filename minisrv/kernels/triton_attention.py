@@ -84,11 +84,16 @@ PREFILL = {"num_warps": 4, "num_stages": 3}
 table, one for K and V, one for the product. A program takes 80 KiB of an SM's 228 KiB of shared
 memory, because its tensor cores read their tile from there while the next one is loaded."""
 
+DECODE_WIDE = DecodeShape(64 * 1024, warp_keys=32, programs_per_sm=2)
 DECODE_FEW = DecodeShape(32 * 1024, warp_keys=32, programs_per_sm=2)
 DECODE_MANY = DecodeShape(8 * 1024, warp_keys=64, programs_per_sm=8)
 """Shapes for few and for many programs. With programs for half of the SMs or fewer, time is
-latency: a tile is large, so that a context of 128 tokens is one. With more programs, each fills the
-gaps of the others, and a program of one warp does not wait for another warp."""
+latency: a tile is large, so that a context of 128 tokens is one, for heads of 256 too where there
+are very few programs. With more programs, each fills the gaps of the others, and a program of one
+warp does not wait for another warp."""
+
+WIDE_HEAD = 256
+"""Number of elements, of 16 bits, of the heads of `DECODE_WIDE`."""
 
 MIN_SHARE = 128
 MAX_SPLITS = 64
@@ -104,6 +109,10 @@ PREPARED = 512
 
 COMBINED = 2048
 """Number of elements of shares that a warp combines at once."""
+
+FEW_SHARES = 8
+"""Number of shares, of those that a row may have, which are combined by themselves if there are no
+more: a program that has room for all of them takes two microseconds more."""
 
 
 def attention(
@@ -236,7 +245,8 @@ def _attend_single(
     scale, cap = _scale_and_cap(layer)
     sms = multiprocessors(qkv.device)
     programs = rows * num_kv_heads
-    shape = decode_shape(programs, sms)
+    wide = block_d >= WIDE_HEAD and element_size == 2
+    shape = decode_shape(programs, sms, wide=wide)
     keys = max(16, min(MAX_KEYS, shape.tile_bytes // (block_d * element_size)))
     warps = max(
         keys // shape.warp_keys,
@@ -256,7 +266,9 @@ def _attend_single(
         programs = max(programs, wanted)
         grid = (programs,)
     block_s = triton.next_power_of_2(splits)
-    queries = max(1, min(triton.next_power_of_2(group), COMBINED * warps // (block_s * block_d)))
+    few = min(FEW_SHARES, block_s)
+    at_once = triton.next_power_of_2(group), COMBINED * warps // block_d
+    queries, few_queries = (max(1, min(at_once[0], at_once[1] // n)) for n in (block_s, few))
     partial = sums = arrived = None
     if splits > 1:
         parts = programs * group
@@ -292,6 +304,8 @@ def _attend_single(
         BLOCK_G=block_g,
         BLOCK_S=block_s,
         QUERIES=queries,
+        FEW_S=few,
+        FEW_QUERIES=few_queries,
         TILE=keys,
         num_warps=warps,
         num_stages=1,
@@ -299,8 +313,13 @@ def _attend_single(
     )
 
 
-def decode_shape(programs: int, multiprocessors: int) -> DecodeShape:
-    """Return the shape for `programs`, the number of rows times key heads."""
+def decode_shape(programs: int, multiprocessors: int, *, wide: bool) -> DecodeShape:
+    """Return the shape for `programs`, the number of rows times key heads.
+
+    wide: whether the heads are those of `DECODE_WIDE`.
+    """
+    if wide and 16 * programs <= multiprocessors:
+        return DECODE_WIDE
     return DECODE_FEW if 2 * programs <= multiprocessors else DECODE_MANY
 
 
@@ -524,6 +543,8 @@ def _decode(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     QUERIES: tl.constexpr,
+    FEW_S: tl.constexpr,
+    FEW_QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -642,20 +663,36 @@ def _decode(
             arrival = arrived + row * NUM_KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
                 tl.store(arrival, 0)
-                for query in range(0, GROUP, QUERIES):
-                    _combine(
-                        partial,
-                        sums,
-                        out,
-                        first + query,
-                        tl.minimum(GROUP - query, QUERIES),
-                        splits,
-                        used,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        BLOCK_S,
-                        QUERIES,
-                    )
+                if used <= FEW_S:
+                    for query in range(0, GROUP, FEW_QUERIES):
+                        _combine(
+                            partial,
+                            sums,
+                            out,
+                            first + query,
+                            tl.minimum(GROUP - query, FEW_QUERIES),
+                            splits,
+                            used,
+                            HEAD_DIM,
+                            BLOCK_D,
+                            FEW_S,
+                            FEW_QUERIES,
+                        )
+                else:
+                    for query in range(0, GROUP, QUERIES):
+                        _combine(
+                            partial,
+                            sums,
+                            out,
+                            first + query,
+                            tl.minimum(GROUP - query, QUERIES),
+                            splits,
+                            used,
+                            HEAD_DIM,
+                            BLOCK_D,
+                            BLOCK_S,
+                            QUERIES,
+                        )
 
 
 @triton.jit

@@ -36,7 +36,14 @@ import triton
 import triton.language as tl
 
 from minisrv.kernels import triton_attention as module
-from minisrv.kernels.triton_attention import DECODE_FEW, DECODE_MANY, attention, num_splits
+from minisrv.kernels.triton_attention import (
+    DECODE_FEW,
+    DECODE_MANY,
+    DECODE_WIDE,
+    attention,
+    decode_shape,
+    num_splits,
+)
 from minisrv.kernels.triton_ragged import SURVEY, survey_rows
 
 GPU = torch.cuda.is_available()
@@ -121,9 +128,11 @@ def test_as_many_tokens_as_rows_are_not_one_each() -> None:
 
 def test_the_last_split_may_be_empty_or_not_full() -> None:
     """The last split of a row may be empty or partly filled: every length up to a few tiles is
-    tested in four splits, as for one row on a GPU of one SM."""
+    tested in four splits, as for one row on a GPU of one SM. Up to two shares are combined as few,
+    and others as many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "multiprocessors", lambda _: 1)
+        patch.setattr(module, "FEW_SHARES", 2)
         patch.setattr(module, "MAX_KEYS", 16)
         for history in [0, 1, 15, 16, 17, 63, 64, 65, 66, 80, 81, 500, 511]:
             check(make_case([(history, 1)], num_kv_heads=1, block_size=256))
@@ -264,6 +273,11 @@ def test_splits_follow_from_shapes() -> None:
     assert num_splits(64 * 8, 40960 // 128, many) == 2
     assert num_splits(256 * 8, 40960 // 128, many) == 1
     assert num_splits(1, 0, few) == 1
+
+
+def test_wide_heads_have_large_tiles_where_there_are_few_programs() -> None:
+    found = [decode_shape(n, H100_SMS, wide=wide) for n in (8, 9, 66, 67) for wide in (True, False)]
+    assert found == [DECODE_WIDE, *5 * [DECODE_FEW], *2 * [DECODE_MANY]]
 
 
 @triton.jit
