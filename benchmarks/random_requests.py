@@ -276,8 +276,13 @@ class Engine:
         self._aborted: list[EngineOutput] = []
 
     async def prepare(self, questions: list[Question]) -> list[Prepared]:
-        """Prompts and grammars, which every engine of the checkpoint takes."""
-        return [await self.serving.prepare(body_of(each), "local") for each in questions]
+        """Prompts and grammars, which every engine of the checkpoint takes. How many tokens are
+        asked for has no part in them, and could be too many yet."""
+        asked = [each.body | {"max_tokens": 1, "min_tokens": 0} for each in questions]
+        bodies = [
+            body_of(Question(each.path, body)) for each, body in zip(questions, asked, strict=True)
+        ]
+        return [await self.serving.prepare(body, "local") for body in bodies]
 
     def ask(self, number: int, question: Question, prepared: Prepared, stream: bool) -> None:
         """Queue a question, which `step` then works on."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from statistics import geometric_mean
@@ -281,9 +281,10 @@ class Visit(StepObserver):
 
     A new visit makes way first if the turn is over, and so does a run at each piece. If the graphs
     that serve share the memory of the one that is replayed, its intermediates are set aside, or
-    where that cannot be the replay is not interrupted. Those who observe the steps of requests are
-    not told of the runs unless they want to be, and no garbage is collected meanwhile, which could
-    disturb a capture.
+    where that cannot be the replay is not interrupted. The buffers of compiled code are set aside
+    too if it is the code that serves. Those who observe the steps of requests are not told of the
+    runs unless they want to be, and no garbage is collected meanwhile, which could disturb a
+    capture.
 
     seconds_away: how long the steps of requests have run during the visit.
     shares_memory: whether the graphs that serve have their intermediates where this one has.
@@ -300,6 +301,10 @@ class Visit(StepObserver):
         self._observers: list[StepObserver] = []
         self._here = ExitStack()
         self.shares_memory = generation.backend is runner.model_step.backend
+        program = generation.program
+        self._shared: Sequence[Tensor] = ()
+        if program is not None and program is runner.model.compiled:
+            self._shared = program.buffers
 
     def __enter__(self) -> Visit:
         if self._turn.is_over:
@@ -329,6 +334,7 @@ class Visit(StepObserver):
         if not self._turn.is_over:
             return
         began = time.perf_counter()
+        memory = (*memory, *self._shared)
         self._trial.suspend(*memory)
         self._observers = list(self._runner.observers)  # a timer of the run is among them
         self._here.close()

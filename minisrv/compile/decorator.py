@@ -28,6 +28,12 @@ class Compiled(ABC):
         model's own, unless the code leaves more to the op than the model's own forward does."""
         return own
 
+    @property
+    def buffers(self) -> Sequence[Tensor]:
+        """Return the tensors, at fixed addresses, in which a run keeps what it reads later: another
+        run in the middle of it overwrites them."""
+        return ()
+
 
 Forward = Callable[[Tensor, Tensor, Tensor], None]
 """A forward as `Compiled` runs it."""

@@ -285,8 +285,8 @@ class Program(Compiled):
         return True
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """The buffers of the values that outlive a piece; a step overwrites what it reads."""
+    def buffers(self) -> Sequence[Tensor]:
+        """See `Compiled`: the buffers of the values that outlive a piece."""
         return list(self._buffers.values())
 
     def attention_layers(self, own: Sequence[AttentionLayer]) -> Sequence[AttentionLayer]:

@@ -8,12 +8,15 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from minisrv.certification.trial import StepTrial
+from minisrv.compile.decorator import CompiledForward
 from minisrv.core.attention_work import NO_WORK
 from minisrv.core.batch_counts import BatchCounts
 from minisrv.core.cost_model import CostModel
@@ -272,10 +275,40 @@ def test_steps_are_predicted_and_chosen_by_the_times_of_the_new_graphs(
         assert engine.cost_model.predict(key, NO_WORK) == pytest.approx(1 + max(8, size), rel=0.15)
 
 
+class Buffered(CompiledForward):
+    """Code that keeps its input in a buffer, as compiled pieces keep what a later one needs, and
+    reads it at the end."""
+
+    def __init__(self, model: Decoder) -> None:
+        kept = torch.zeros(len(model.qkv), dtype=torch.int64)
+
+        def forward(ids: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+            own = kept[: len(ids)]
+            own.copy_(ids)
+            FORWARD(model, ids, positions, out)
+            out.mul_((own.unsqueeze(1) == ids.unsqueeze(1)).to(out.dtype))
+
+        super().__init__(forward)
+        self._kept = kept
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return [self._kept]
+
+
+@dataclass
+class BufferedCompiler(FakeCompiler):
+    def load(self, directory: Path, between: Callable[[], None]) -> Buffered:
+        return Buffered(self.model)
+
+
 def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before; and behind it, steps still run by the compiled code."""
+    """Not before; and behind it, steps still run by the compiled code. The rest of the ladder is
+    captured from it, and the other ladders are, while it serves: what it keeps in buffers of its
+    own is set aside for the steps of requests."""
+    monkeypatch.setattr(background, "TURN", 0.0)
 
     def slow(model: Decoder, *args: Any) -> None:
         for _ in range(3):
@@ -284,7 +317,7 @@ def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
     monkeypatch.setattr(Decoder, "forward", slow)
     settings = {"cudagraph_refit": "apply", "cudagraph_capture": "covering"}
     limits = {"max_num_seqs": 16, "max_num_batched_tokens": 32, "num_kv_blocks": 400}
-    engine = compiling(checkpoint, FakeCompiler(), **settings, **limits)
+    engine = compiling(checkpoint, BufferedCompiler(), **settings, **limits)
     found_whole = []
 
     def look(*given: Any) -> Any:
@@ -294,14 +327,14 @@ def test_the_ladders_are_refitted_when_they_are_whole_and_compiled_code_serves(
     monkeypatch.setattr(refit, "propose", look)
     assert not engine.filling.is_whole
     assert engine.compilation.is_under_way
-    for _ in range(5):
-        serve(engine, COUNT)
-        fill(engine)
+    for _ in range(10):
+        serve(engine, COUNT, turns=40)
         if report_of(engine).refits:
             break
     assert report_of(engine).refits
     assert all(found_whole)
     assert engine.compilation.generation == 1
+    assert not engine.describe().ladder.refused
     program = engine.runner.model.compiled
     assert program is not None
     fill(engine)
