@@ -10,7 +10,7 @@ completion. Each request ends in one of these ways: `ok`; `error event`, a strea
 error; `status N`, an answer that is an error; `cut`, a stream that ends with neither. Exits with
 status 1 if a request ends otherwise than with `ok` while no replica has just died.
 
-Needs `pip install 'minisrv[ray]' httpx`.
+Needs `pip install '.[ray]' httpx`.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def main() -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        sys.exit("ray is not installed; this script needs: pip install 'minisrv[ray]' httpx")
+        sys.exit("ray is not installed; this script needs: pip install '.[ray]' httpx")
     found = asyncio.run(measure(options))
     if wrong := failures(found):
         sys.exit("; ".join(wrong))

@@ -79,12 +79,12 @@ def selected(page: Page) -> int:
     return int(match[1])
 
 
-def recorded(server: Server) -> list[dict[str, Any]]:
-    """The steps that the server has recorded."""
+def recorded(server: Server, kind: str = "step") -> list[dict[str, Any]]:
+    """The steps that the server has recorded, or the events."""
     headers = {"authorization": f"Bearer {KEY}"}
     response = httpx.get(f"{server.url}/debug/steps", headers=headers, trust_env=False)
     lines = [json.loads(line) for line in response.text.splitlines()]
-    return [line for line in lines if line["type"] == "step"]
+    return [line for line in lines if line["type"] == kind]
 
 
 def overflow(page: Page) -> int:
@@ -328,7 +328,35 @@ def test_the_ladders_follow_a_refit(viewed: ViewServer, open_page: Open) -> None
     page.evaluate(DROP, ["refit.ndjson", text])
     decode = page.locator(".ladder-decode").last
     expect(decode.locator("li:not(.missing) .size")).to_have_text(["5", "16"])
-    expect(decode.locator("li.missing .size")).to_have_text(["8"])  # it has run steps
+    # A size that has run steps and serves no more.
+    expect(decode.locator("li.missing .size")).to_have_text(["8"])
+    expect(decode.locator("li.missing .hits")).to_have_text(["36 · 38 % padding, not in service"])
+
+
+def test_saved_steps_are_a_trace(server: Server, open_page: Open, tmp_path: Path) -> None:
+    """The file has the events too, such as that a graph was captured, and so the same ladders."""
+    until(lambda: len(recorded(server, "event")) > 0, "the ladders fill")
+    page = open_page(server.url, key=KEY)
+    complete(page)
+    newest = recorded(server)[-1]["id"]
+    last = page.locator("#strip .strip")
+    until(lambda: int(last.get_attribute("aria-valuemax") or 0) == newest, "all steps are drawn")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    path = tmp_path / "steps.ndjson"
+    download.value.save_as(path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in lines if line["type"] == "step"]
+    assert steps == recorded(server)[-len(steps) :]
+    assert [line for line in lines if line["type"] == "event"] == recorded(server, "event")
+    assert lines[1:] == sorted(lines[1:], key=lambda line: float(line["time"]))
+    page.locator("#files").set_input_files(path)
+    page.locator(".viewer").wait_for()
+    ladders = "[...document.querySelectorAll('%s .ladder li')].map(rung => rung.innerText)"
+    until(
+        lambda: page.evaluate(ladders % "#ladder") == page.evaluate(ladders % ".viewer"),
+        "both ladders are the same",
+    )
 
 
 def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) -> None:

@@ -1,5 +1,5 @@
 """Replicas of Ray Serve answer as `minisrv serve` does, and one whose engine dies is replaced. With
-`pip install 'minisrv[ray]'` only."""
+`pip install '.[ray]'` only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 if importlib.util.find_spec("ray") is None:
-    pytest.skip("ray is not installed (pip install 'minisrv[ray]')", allow_module_level=True)
+    pytest.skip("ray is not installed (pip install '.[ray]')", allow_module_level=True)
 
 import ray
 from ray import serve

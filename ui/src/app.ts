@@ -10,7 +10,7 @@ import { History, parse } from "./metrics";
 import { Playground, type StepOfToken, type Traced } from "./playground";
 import { startup } from "./startup";
 import { Strip, ZOOMS } from "./strip";
-import { readTrace, TraceError, TraceStore } from "./trace";
+import { linesOfTrace, readTrace, TraceError, TraceStore } from "./trace";
 import { usage } from "./usage";
 import { Viewer, type NamedTrace } from "./viewer";
 
@@ -280,7 +280,7 @@ class Server {
     if (header !== this.#header) {
       this.#header = header;
       this.#startup();
-      const about = [header?.device_name || header?.device, header?.mode, header?.server].filter(Boolean).join(" · ");
+      const about = [header?.device_name || header?.device, header?.mode].filter(Boolean).join(" · ");
       setText(byId("machine"), about);
     }
     const moved = dropped - this.#dropped;
@@ -363,9 +363,8 @@ class Server {
   }
 
   #save(): void {
-    const { header, steps } = this.#store;
-    if (!header || !steps.length) return;
-    const lines = [header, ...steps].map((line) => JSON.stringify(line));
+    const lines = linesOfTrace(this.#store);
+    if (!lines) return;
     const blob = new Blob([`${lines.join("\n")}\n`], { type: "application/x-ndjson" });
     const link = h("a", { href: URL.createObjectURL(blob), download: "steps.ndjson" });
     link.click();

@@ -33,7 +33,7 @@ export function details(step: Step, heading: string, own: ReadonlySet<string>, e
     ["Measured", ms(step.measured_ms), step.measured_ms === null ? "This step was not timed" : undefined],
     ["Predicted", ms(step.predicted_ms), "By the cost model, with an ITL target only"],
     ["Since the step before", ms(step.wall_ms)],
-    ["Launches", launches(step), "From the host; and what the graph stood for"],
+    ["Launches", launches(step), "From the host, and how many the step takes without a graph"],
     ["Running / waiting", `${count(step.running ?? 0)} / ${count(step.waiting ?? 0)}`],
     ["KV blocks in use", step.kv_used === undefined ? "–" : count(step.kv_used)],
     ["Context read", step.context === undefined ? "–" : `${count(step.context)} tokens`],
@@ -76,7 +76,7 @@ function eventInWords(event: TraceEvent): string {
 
 function launches(step: Step): string {
   if (step.launches === undefined || step.launches === null) return "–";
-  const stood = step.launches_replaced ? ` for ${count(step.launches_replaced)}` : "";
+  const stood = step.launches_replaced ? ` in place of ${count(step.launches_replaced)}` : "";
   return `${count(step.launches)}${stood}`;
 }
 

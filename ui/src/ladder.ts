@@ -43,30 +43,29 @@ function column(store: TraceStore, ladder: Ladder, { all, serving }: Rungs, fill
   const rows = all.map((rung) => {
     const found = store.rungs.get(`${ladder}/${rung}`) ?? { steps: 0, tokens: 0, padding: 0 };
     const missing = serving !== null && !serving.has(rung);
-    const waste = found.padding / Math.max(1, found.tokens + found.padding);
-    const words = missing
-      ? fills ? "not captured yet" : "not in service"
-      : found.steps
-        ? `${count(found.steps)} · ${percent(waste)} waste`
-        : "no steps";
+    const padding = found.padding / Math.max(1, found.tokens + found.padding);
+    const words = [
+      found.steps ? `${count(found.steps)} · ${percent(padding)} padding` : missing ? "" : "no steps",
+      missing ? (fills ? "not captured yet" : "not in service") : "",
+    ];
     return h(
       "li",
       { class: missing ? "missing" : found.steps ? "" : "unused", "data-rung": rung, "data-steps": found.steps },
       h("span", { class: "size" }, String(rung)),
-      bar(found.steps / most, waste, ladder),
-      h("span", { class: "hits" }, words),
+      bar(found.steps / most, padding, ladder),
+      h("span", { class: "hits" }, words.filter(Boolean).join(", ")),
     );
   });
   return h("section", {}, h("h3", {}, title, h("small", {}, ` ${unit}`)), h("ol", { class: `ladder ladder-${ladder}` }, ...rows));
 }
 
-function bar(share: number, waste: number, ladder: Ladder): SVGElement {
+function bar(share: number, padding: number, ladder: Ladder): SVGElement {
   const width = share ? Math.max(1, 100 * share) : 0;
-  const real = width * (1 - waste);
+  const real = width * (1 - padding);
   return svg(
     "svg",
     { viewBox: "0 0 100 12", preserveAspectRatio: "none", "aria-hidden": "true" },
     svg("rect", { class: `bar bar-${ladder}`, width: real, height: 12 }),
-    svg("rect", { class: `bar waste bar-${ladder}`, x: real, width: width - real, height: 12 }),
+    svg("rect", { class: `bar padding bar-${ladder}`, x: real, width: width - real, height: 12 }),
   );
 }

@@ -113,7 +113,7 @@ export class Playground {
     this.#turns = [];
     this.#pieces = [];
     this.#output.replaceChildren(
-      h("p", { class: "empty" }, "The answer appears here, token by token. Point at a token, or move through them with the arrow keys, to see its time."),
+      h("p", { class: "empty" }, "The answer appears here, token by token. Point at a token, or move through them with the arrow keys, to see its time; a click or Enter shows its step."),
     );
     setText(this.#note, "");
     setText(this.#status, "");
@@ -228,7 +228,7 @@ export class Playground {
     const piece = pieces[index]!;
     const since = index ? "after the one before" : "after the request was sent";
     const step = this.#stepOf(pieces, piece);
-    const made = step ? ` By step ${step.id} (${step.label}); Enter or a click shows it.` : "";
+    const made = step ? ` By step ${step.id} (${step.label}).` : "";
     setText(this.#note, `Token ${piece.token || index + 1}: ${ms(piece.gap)} ${since}.${made}`);
   }
 

@@ -9,6 +9,7 @@ export type Axis = "step" | "time";
 const TOP = 16; // pixels for markers of events and of the selection
 const BOTTOM = 18; // pixels for the axis
 const LEFT = 34; // pixels for the scale
+const ROOM_FOR_LABELS = 140; // pixels from the first label to the end of the last one
 export const ZOOMS = [2, 3, 5, 7, 10, 14, 20];
 
 export interface Palette {
@@ -234,7 +235,7 @@ export class Strip {
     }
     this.#events(context, scale, first, end);
     context.restore();
-    this.#axisLabels(context, base, first, end);
+    this.#axisLabels(context, scale, base, first, end);
   };
 
   #cell(c: CanvasRenderingContext2D, step: Step, x: number, w: number, y: (n: number) => number, base: number): void {
@@ -322,7 +323,7 @@ export class Strip {
     }
   }
 
-  #axisLabels(c: CanvasRenderingContext2D, base: number, first: number, end: number): void {
+  #axisLabels(c: CanvasRenderingContext2D, scale: number, base: number, first: number, end: number): void {
     const { steps } = this.store;
     c.fillStyle = this.#palette.muted;
     c.textBaseline = "alphabetic";
@@ -330,8 +331,11 @@ export class Strip {
       this.axis === "step" ? `step ${steps[index]!.id}` : ms(this.coordinate(steps[index]!, index));
     c.textAlign = "left";
     c.fillText(text(first), LEFT, base + 14);
+    const last = steps[end - 1]!;
+    const length = this.axis === "step" ? 1 : duration(last);
+    const right = Math.min(this.#width - 2, LEFT + (this.coordinate(last, end - 1) + length - this.left) * scale);
     c.textAlign = "right";
-    if (end - first > 20) c.fillText(text(end - 1), this.#width - 2, base + 14);
+    if (right > LEFT + ROOM_FOR_LABELS) c.fillText(text(end - 1), right, base + 14);
   }
 
   #name(): void {

@@ -272,6 +272,14 @@ function tally(counts: Map<string, RungCount>, key: string, step: { tokens: numb
   found.padding += step.padding;
 }
 
+/** The lines of a trace file with the steps and events that are kept, in the order of their times;
+ * null if there is no step. */
+export function linesOfTrace({ header, steps, events }: TraceStore): string[] | null {
+  if (!header || !steps.length) return null;
+  const inOrder = [...steps, ...events].sort((a, b) => a.time - b.time);
+  return [header, ...inOrder].map((line) => JSON.stringify(line));
+}
+
 /** The lines of a stream of bytes, without those that are empty, each with its number. */
 export async function* linesOf(
   stream: ReadableStream<Uint8Array>,

@@ -147,7 +147,9 @@ export class Viewer {
       const index = side.strip.selected!;
       if (index === side.shown) continue;
       side.shown = index;
-      side.panel.replaceChildren(details(side.store.steps[index]!, "Step", NOBODY, side.store.eventsBefore(side.store.steps[index]!)));
+      const step = side.store.steps[index]!;
+      const heading = this.#sides.length > 1 ? `${side.name}, step` : "Step";
+      side.panel.replaceChildren(details(step, heading, NOBODY, side.store.eventsBefore(step)));
     }
   };
 
