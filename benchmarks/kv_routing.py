@@ -143,10 +143,15 @@ class Server:
 
 
 async def ask(
-    client: httpx.AsyncClient, server: Server, arrival: Arrival, hashes: Sequence[bytes] = ()
+    client: httpx.AsyncClient,
+    url: str,
+    arrival: Arrival,
+    replica: Replica | None = None,
+    hashes: Sequence[bytes] = (),
 ) -> dict[str, Any]:
     """Send a request, and return its times in milliseconds from now, and what its usage says.
 
+    replica: told when it steps, if a router has to know.
     hashes: those of the blocks that the router takes to be computed until the first token comes.
     """
     body = {
@@ -160,16 +165,17 @@ async def ask(
     began = time.perf_counter()
     times: list[float] = []
     usage: dict[str, Any] = {}
-    async with client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             chunk = msgspec.json.decode(line[6:])
             if chunk["choices"]:
-                server.replica.stepped()
-                if not times:
-                    server.replica.computed(hashes)
+                if replica is not None:
+                    replica.stepped()
+                    if not times:
+                        replica.computed(hashes)
                 times.append(round(1000 * (time.perf_counter() - began), 3))
             usage = chunk.get("usage") or usage
     cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens", 0)
@@ -201,7 +207,7 @@ async def measure(options: argparse.Namespace, servers: Sequence[Server]) -> dic
             replica = replicas[index]
             told, expected = replica.num_cached(hashes), replica.num_expected(hashes)
             replica.sent(hashes)
-            found = await ask(client, servers[index], arrival, hashes)
+            found = await ask(client, servers[index].url, arrival, replica, hashes)
             replica.ended()
             return {
                 "due_ms": round(arrival.due_ms, 3),
@@ -236,7 +242,8 @@ async def measure_idle(client: httpx.AsyncClient, server: Server) -> list[float]
     found = []
     for number in range(IDLE_REQUESTS):
         prompt = [10 + number] * IDLE_TOKENS
-        found.append((await ask(client, server, Arrival(0, prompt, 2)))["chunk_ms"][0])
+        answer = await ask(client, server.url, Arrival(0, prompt, 2), server.replica)
+        found.append(answer["chunk_ms"][0])
     return found
 
 

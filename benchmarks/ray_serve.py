@@ -36,6 +36,8 @@ from minisrv.tools.environment import environment
 FLAGS = {"max-num-seqs": 8, "max-num-batched-tokens": 64, "max-model-len": 512}
 SETTLED_SECONDS = 0.5
 """Seconds after a death in which requests may still reach what is dead."""
+EXPORTED_SECONDS = 12
+"""Seconds in which metrics reach Ray's page: two exports, and Ray's own interval."""
 
 
 class Application:
@@ -65,12 +67,10 @@ class Application:
         self.ray.shutdown()
 
     def deploy(self, flags: dict[str, Any], **options: Any) -> float:
-        """Deploy with these flags and options of the deployment; return how many seconds it took
-        until every replica was that."""
+        """Deploy with these flags and options of the engines' deployment; return how many seconds
+        it took until every replica was that."""
         began = time.monotonic()
-        bound = self.app({**FLAGS, **flags})
-        deployment = bound._bound_deployment
-        self.serve.run(deployment.options(**options).bind(*deployment.init_args), name="minisrv")
+        self.serve.run(_with_options(self.app(flags), options), name="minisrv")
         return round(time.monotonic() - began, 2)
 
     def engines(self) -> dict[int, int]:
@@ -106,11 +106,21 @@ class Application:
         return sorted(counts.values())
 
 
+def _with_options(application: Any, options: dict[str, Any]) -> Any:
+    """Return an application with these options of the engines' deployment, which is that of the
+    application or the one behind the prompt reader."""
+    deployment = application._bound_deployment
+    if deployment.name == "minisrv":
+        return deployment.options(**options).bind(*deployment.init_args)
+    (engines,) = deployment.init_args
+    return deployment.bind(_with_options(engines, options))
+
+
 async def spread(application: Application, load: Load, seconds: float) -> dict[str, Any]:
     """Measure how a load is spread over the replicas."""
     async with load.running():
         await asyncio.sleep(seconds)
-    await asyncio.sleep(12)  # two exports of the metrics, and Ray's own interval
+    await asyncio.sleep(EXPORTED_SECONDS)
     return load.summary() | {"finished_by_replica": await application.finished()}
 
 
@@ -154,7 +164,7 @@ async def update(application: Application, load: Load, seconds: float) -> dict[s
         await asyncio.sleep(seconds)
         took = await asyncio.to_thread(
             application.deploy,
-            {"max-waiting": 512},
+            {**FLAGS, "max-waiting": 512},
             num_replicas=application.replicas,
             max_surge_percent=50,
         )
@@ -169,7 +179,7 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
     delays = {"downscale_delay_s": 3, "upscale_delay_s": 0, "downscale_to_zero_delay_s": 3}
     scaling |= {"target_ongoing_requests": 4, "metrics_interval_s": 1, "look_back_period_s": 2}
     await asyncio.to_thread(
-        application.deploy, {"max-waiting": 511}, autoscaling_config=scaling | delays
+        application.deploy, {**FLAGS, "max-waiting": 511}, autoscaling_config=scaling | delays
     )
     await until(lambda: not application.engines(), "the deployment scales to zero")
     load.began = time.monotonic()
@@ -189,7 +199,7 @@ async def phases(options: argparse.Namespace) -> AsyncIterator[tuple[str, Any]]:
     """Run the phases, and yield the name of each and what it found."""
     application = Application(options.replicas)
     try:
-        yield "deployed_s", application.deploy({}, num_replicas=options.replicas)
+        yield "deployed_s", application.deploy(FLAGS, num_replicas=options.replicas)
         load = Load(application.url, options.streams, options.tokens)
         yield "spread", await spread(application, load, options.seconds)
         for victim in ("engine", "replica"):
