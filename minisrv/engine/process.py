@@ -147,7 +147,7 @@ def _main(
     server = _EngineServer(address, Heartbeat(heartbeat))
     try:
         if kv_events is not None:
-            server.publish_kv_events(kv_events)
+            server.publish_kv_events(kv_events, heartbeat.parent)
         with server.heartbeat.beating(IDLE_MS / 1000):
             server.load(config, lambda: _received(checkpoint), clock)
         server.run(log_stats=log_stats)
@@ -192,10 +192,10 @@ class _EngineServer:
         self.state: EngineMessage = Loading("starting")
         self._kv_events: KVEventPublisher | None = None
 
-    def publish_kv_events(self, config: KVEventsConfig) -> None:
+    def publish_kv_events(self, config: KVEventsConfig, private_dir: Path) -> None:
         """Publish the events of the prefix cache of the engine that `load` makes. Raises what
         `KVEventPublisher` raises."""
-        self._kv_events = KVEventPublisher(config)
+        self._kv_events = KVEventPublisher(config, private_dir)
 
     def load(
         self, config: EngineConfig, read_checkpoint: Callable[[], Checkpoint], clock: StartupClock

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import socket
+import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,11 +18,17 @@ import zmq
 from minisrv.config import EngineConfig, KVEventsConfig, ServerConfig
 from minisrv.core.budget import PrefillBudget
 from minisrv.core.kv_cache import hash_block
-from minisrv.core.kv_events import RecordingBlockPool, RecordingScheduler, event_hash
+from minisrv.core.kv_events import (
+    BlockStored,
+    RecordingBlockPool,
+    RecordingScheduler,
+    event_hash,
+)
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine import kv_events
-from minisrv.engine.kv_events import MAX_PEERS, KVEventPublisher
+from minisrv.engine.kv_events import KVEventPublisher
 from minisrv.engine.process import EngineProcess
+from minisrv.engine.relay import MAX_PEERS, MAX_RECEIVED
 from minisrv.errors import ConfigError
 from minisrv.request import EngineRequest, SamplingParams
 from tests.engine.kv_events_consumer import Block, Consumer
@@ -126,7 +137,7 @@ def test_a_reader_s_picture_is_the_cache(tmp_path: Path, number: int) -> None:
     """Through preemption, eviction, aborts and clearing, with lost batches that are asked for
     again, a reader has exactly the blocks that the cache can find, with their tokens."""
     config = endpoints(tmp_path)
-    publisher = KVEventPublisher(config)
+    publisher = KVEventPublisher(config, tmp_path)
     assert config.replay_endpoint is not None
     consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
     load = Load(publisher, seed=number)
@@ -173,7 +184,7 @@ def test_a_reader_s_picture_is_the_cache(tmp_path: Path, number: int) -> None:
 def test_a_publisher_without_a_reader_keeps_the_last_batches(tmp_path: Path) -> None:
     """Nothing waits for a reader, and one that comes late gets what is kept."""
     config = endpoints(tmp_path)
-    publisher = KVEventPublisher(config)
+    publisher = KVEventPublisher(config, tmp_path)
     load = Load(publisher, seed=1)
     try:
         for _ in range(200):
@@ -195,7 +206,7 @@ def test_whoever_asks_for_no_replay_delays_nobody(
 ) -> None:
     """Such as one who sends a number of 30 MB, which would be read again for each batch."""
     config = endpoints(tmp_path)
-    publisher = KVEventPublisher(config)
+    publisher = KVEventPublisher(config, tmp_path)
     load = Load(publisher, seed=1)
     assert config.replay_endpoint is not None
     context = zmq.Context()
@@ -241,7 +252,7 @@ def test_strangers_take_no_more_than_the_allowed_connections(tmp_path: Path, kin
     replay = f"ipc://{path}" if kind == "ipc" else f"tcp://*:{port}"
     reached = replay.replace("*", "127.0.0.1")
     events = f"ipc://{tmp_path}/events"
-    publisher = KVEventPublisher(KVEventsConfig(events, replay, ""))
+    publisher = KVEventPublisher(KVEventsConfig(events, replay, ""), tmp_path)
     load = Load(publisher, seed=1)
     family = socket.AF_UNIX if kind == "ipc" else socket.AF_INET
     strangers = [socket.socket(family) for _ in range(5 * MAX_PEERS)]
@@ -263,10 +274,120 @@ def test_strangers_take_no_more_than_the_allowed_connections(tmp_path: Path, kin
         readers.append(Consumer(events, reached))
         readers[1].catch_up()
         assert readers[1].next_number == load.num_batches
-        (_, limit) = publisher._limits
-        wait_until(lambda: limit.num_peers == len(readers))
+        wait_until(lambda: publisher._relay.num_peers == 2 * len(readers))
     finally:
         for each in (*strangers, *readers):
+            each.close()
+        publisher.close()
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+
+
+def hostile(path: str, kind: bytes) -> socket.socket:
+    """A peer that has greeted zmq as a socket of some kind does, and may send any bytes."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(20)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer.connect(path)
+    body = b"\5READY\x0bSocket-Type" + len(kind).to_bytes(4, "big") + kind
+    peer.sendall(GREETING + b"\4" + bytes([len(body)]) + body)
+    greeting = b""
+    while len(greeting) < len(GREETING):
+        greeting += peer.recv(1000)
+    return peer
+
+
+TOPICS = b"".join(
+    b"\0\5\1" + bytes([a, b, c, d])
+    for a, b, c, d in itertools.product(range(30), range(30), (0, 255), (0, 255))
+)
+FLOODS = {
+    "parts of a message that has no end": ("replay", b"DEALER", b"\1\0"),
+    "parts of a subscription that has no end": ("events", b"SUB", b"\1\0"),
+    "topics": ("events", b"SUB", TOPICS),
+    "long topics": ("events", b"SUB", b"\2" + (1000).to_bytes(8, "big") + b"\1" + bytes(999)),
+    "a topic that comes and goes": ("events", b"SUB", b"\0\2\1a\0\2\0a"),
+    "requests for a replay": ("replay", b"DEALER", b"\1\0\0\x08" + bytes(8)),
+    "frames that are no request": ("replay", b"DEALER", b"\0\1a"),
+}
+"""What a hostile peer sends again and again, and as what to which endpoint."""
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_who_sends_without_end_is_disconnected(tmp_path: Path, name: str) -> None:
+    """A peer is heard up to a number of bytes, whose cost in memory is small, and meanwhile a
+    reader gets every batch."""
+    endpoint, kind, flood = FLOODS[name]
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config, tmp_path)
+    load = Load(publisher, seed=1)
+    assert config.replay_endpoint is not None
+    consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+    try:
+        load.turn()
+        consumer.catch_up()
+        before = resident_bytes()
+        with ThreadPoolExecutor(MAX_PEERS - 1) as threads:
+            address = f"{tmp_path}/{endpoint}", kind
+            sent = [threads.submit(flooded, *address, flood) for _ in range(MAX_PEERS - 1)]
+            while not all(each.done() for each in sent):
+                load.turn()
+                time.sleep(0.001)
+        assert max(each.result() for each in sent) < 4 * MAX_RECEIVED
+        while consumer.next_number < load.num_batches:
+            consumer.read()
+        assert consumer.blocks.keys() == load.cached()
+        assert resident_bytes() - before < 64 << 20
+    finally:
+        consumer.close()
+        publisher.close()
+
+
+def flooded(path: str, kind: bytes, flood: bytes) -> int:
+    """Send bytes again and again; return how many it were when the connection ended, or a number
+    that is far too great."""
+    num_sent = 0
+    with hostile(path, kind) as peer, suppress(ConnectionError):
+        while num_sent < 100 * MAX_RECEIVED:
+            num_sent += peer.send(flood * (4096 // len(flood) or 1))
+    return num_sent
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def test_readers_that_do_not_read_hold_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those of live batches nor those of replays, of which each has asked for several, at
+    another time each. A reader that reads gets every batch."""
+    monkeypatch.setattr(kv_events, "MAX_KEPT_BYTES", 8 << 20)
+    config = endpoints(tmp_path)
+    publisher = KVEventPublisher(config, tmp_path)
+    assert config.replay_endpoint is not None
+    consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
+    stuck = [hostile(f"{tmp_path}/events", b"SUB") for _ in range(3)]
+    try:
+        for peer in stuck:
+            peer.sendall(b"\0\1\1")
+        consumer.catch_up()
+        before = resident_bytes()
+        for number in range(6000):  # of 40 kB, 240 MB in all
+            tokens = [1 << 20] * 8000
+            publisher.publish([BlockStored([number], None, tokens, 8000, None, "GPU", None)])
+            consumer.lose()
+            if number % 500 == 0:
+                stuck.append(hostile(f"{tmp_path}/replay", b"DEALER"))
+                stuck[-1].sendall((b"\1\0\0\x08" + bytes(8)) * 20)
+        assert resident_bytes() - before < 120 << 20
+        consumer._replay.send_multipart((b"", (5999).to_bytes(8, "big")))
+        assert consumer._replay.recv_multipart()[2] == (5999).to_bytes(8, "big")
+        assert consumer._replay.recv_multipart()[2] == kv_events.END
+    finally:
+        for each in (*stuck, consumer):
             each.close()
         publisher.close()
 
@@ -277,7 +398,7 @@ def test_batches_kept_for_replay_have_bounded_size(
     """The oldest ones are dropped, and a replay begins behind them."""
     monkeypatch.setattr(kv_events, "MAX_KEPT_BYTES", 4000)
     config = endpoints(tmp_path)
-    publisher = KVEventPublisher(config)
+    publisher = KVEventPublisher(config, tmp_path)
     load = Load(publisher, seed=1)
     assert config.replay_endpoint is not None
     consumer = Consumer(config.endpoint, config.replay_endpoint, config.topic)
@@ -299,9 +420,11 @@ def test_batches_kept_for_replay_have_bounded_size(
 
 def test_an_endpoint_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_events_endpoint='nonsense'.*tcp://"):
-        KVEventPublisher(KVEventsConfig("nonsense", None, ""))
+        KVEventPublisher(KVEventsConfig("nonsense", None, ""), tmp_path)
     with pytest.raises(ConfigError, match="kv_events_replay_endpoint='ipc:///nowhere/at/all'"):
-        KVEventPublisher(KVEventsConfig(f"ipc://{tmp_path}/a", "ipc:///nowhere/at/all", ""))
+        KVEventPublisher(
+            KVEventsConfig(f"ipc://{tmp_path}/a", "ipc:///nowhere/at/all", ""), tmp_path
+        )
 
 
 def test_events_of_a_cache_that_is_off_are_refused(tmp_path: Path) -> None:
