@@ -49,8 +49,8 @@ new PerformanceObserver(list => {
 class Streams:
     """Requests that are answered one after the other in each of some threads, and not parsed."""
 
-    def __init__(self, netloc: str, number: int) -> None:
-        self._netloc = netloc
+    def __init__(self, netloc: str, number: int, temperature: float = 0) -> None:
+        self._netloc, self._temperature = netloc, temperature
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(number)]
         for thread in self._threads:
@@ -58,7 +58,7 @@ class Streams:
 
     def _run(self) -> None:
         body = {"prompt": "Once upon a time", "max_tokens": 1500, "stream": True}
-        body |= {"ignore_eos": True, "temperature": 0}
+        body |= {"ignore_eos": True, "temperature": self._temperature}
         headers = {"content-type": "application/json"}
         while not self._ended.is_set():
             connection = http.client.HTTPConnection(self._netloc, timeout=60)
