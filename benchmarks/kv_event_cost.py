@@ -3,13 +3,11 @@ beside strangers who connect, subscribe and ask for replays without end.
 
     python -m benchmarks.kv_event_cost --rounds 3 --json cost.json
 
-Starts a server with `--kv-events-endpoint` and one without it on the first core, and everything
-else on the second one. By turns eight streams run at one of them. What is compared is the server's
-own, as in `page_cost.py`. Strangers take processor time of the machine whomever they visit, so
-beside "strangers" there is "strangers elsewhere": the streams run at the server without events, and
-the strangers visit the other one.
-
-Needs `pip install pyzmq`.
+Starts a server with `--kv-events-endpoint` and one without it on the first half of the cores, and
+everything else on the other half. By turns eight streams run at one of them. What is compared is
+the server's own, as in `page_cost.py`. Strangers take processor time of the machine whomever they
+visit, so beside "strangers" there is "strangers elsewhere": the streams run at the server without
+events, and the strangers visit the other one.
 """
 
 from __future__ import annotations
@@ -67,15 +65,15 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(command: str, *, events: bool) -> Iterator[Server]:
-    """Run a server on the first core while the block does."""
+def serving(command: str, cores: str, *, events: bool) -> Iterator[Server]:
+    """Run a server on some cores while the block does."""
     port = free_port()
     ports = (free_port(), free_port()) if events else (0, 0)
     endpoints = ["--kv-events-endpoint", f"tcp://*:{ports[0]}"]
     endpoints += ["--kv-events-replay-endpoint", f"tcp://*:{ports[1]}"]
     process = subprocess.Popen(
         [
-            *("taskset", "-c", "0", *shlex.split(command), "--port", str(port)),
+            *("taskset", "-c", cores, *shlex.split(command), "--port", str(port)),
             *(endpoints if events else ()),
         ],
         stderr=subprocess.DEVNULL,
@@ -171,9 +169,13 @@ STREAMS = 8
 
 def measure(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     """Return what was measured in each round, by who was there."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(1, len(cores) // 2)
+    os.sched_setaffinity(0, cores[half:] or cores)
+    first = ",".join(map(str, cores[:half]))
     with (
-        serving(options.command, events=False) as off,
-        serving(options.command, events=True) as on,
+        serving(options.command, first, events=False) as off,
+        serving(options.command, first, events=True) as on,
     ):
         sides: dict[str, tuple[Server, Callable[[Server], None] | None]] = {
             "off": (off, None),
@@ -209,8 +211,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each window")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores - {0} or cores)
     sides = measure(options)
     pairs = [("nobody", "off"), ("reader", "off"), ("strangers", "strangers elsewhere")]
     report: dict[str, Any] = {

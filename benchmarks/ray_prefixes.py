@@ -82,10 +82,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     if router := ROUTERS[options.router]:
         chosen = {"request_router_config": RequestRouterConfig(request_router_class=router)}
-    application = Application(options.replicas)
+    flags = {**FLAGS, "prefix-routing": router is not None}
+    application = Application(options.replicas, flags)
     try:
-        flags = {**FLAGS, "prefix-routing": router is not None}
-        application.deploy(flags, num_replicas=options.replicas, **chosen)
+        application.deploy({}, num_replicas=options.replicas, **chosen)
         return asyncio.run(measure(application, options))
     finally:
         application.close()

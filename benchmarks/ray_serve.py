@@ -41,15 +41,20 @@ EXPORTED_SECONDS = 12
 
 
 class Application:
-    """The application in a Ray of its own."""
+    """The application in a Ray of its own.
 
-    def __init__(self, replicas: int) -> None:
+    replicas: the number of its engines.
+    flags: those of every deployment.
+    """
+
+    def __init__(self, replicas: int, flags: dict[str, Any]) -> None:
         import ray
         from ray import serve
 
         from minisrv.deploy.ray import app
 
-        self.serve, self.ray, self.app, self.replicas = serve, ray, app, replicas
+        self.serve, self.ray, self.app = serve, ray, app
+        self.replicas, self.flags = replicas, flags
         self.metrics_port, self.port = free_port(), free_port()
         ray.init(
             num_cpus=4 * replicas,  # Ray's count of what is reserved, not of what there is
@@ -67,10 +72,10 @@ class Application:
         self.ray.shutdown()
 
     def deploy(self, flags: dict[str, Any], **options: Any) -> float:
-        """Deploy with these flags and options of the engines' deployment; return how many seconds
-        it took until every replica was that."""
+        """Deploy with these flags too and options of the engines' deployment; return how many
+        seconds it took until every replica was that."""
         began = time.monotonic()
-        self.serve.run(_with_options(self.app(flags), options), name="minisrv")
+        self.serve.run(_with_options(self.app({**self.flags, **flags}), options), name="minisrv")
         return round(time.monotonic() - began, 2)
 
     def engines(self) -> dict[int, int]:
@@ -164,7 +169,7 @@ async def update(application: Application, load: Load, seconds: float) -> dict[s
         await asyncio.sleep(seconds)
         took = await asyncio.to_thread(
             application.deploy,
-            {**FLAGS, "max-waiting": 512},
+            {"max-waiting": 512},
             num_replicas=application.replicas,
             max_surge_percent=50,
         )
@@ -179,7 +184,7 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
     delays = {"downscale_delay_s": 3, "upscale_delay_s": 0, "downscale_to_zero_delay_s": 3}
     scaling |= {"target_ongoing_requests": 4, "metrics_interval_s": 1, "look_back_period_s": 2}
     await asyncio.to_thread(
-        application.deploy, {**FLAGS, "max-waiting": 511}, autoscaling_config=scaling | delays
+        application.deploy, {"max-waiting": 511}, autoscaling_config=scaling | delays
     )
     await until(lambda: not application.engines(), "the deployment scales to zero")
     load.began = time.monotonic()
@@ -197,9 +202,10 @@ async def zero(application: Application, load: Load) -> dict[str, Any]:
 
 async def phases(options: argparse.Namespace) -> AsyncIterator[tuple[str, Any]]:
     """Run the phases, and yield the name of each and what it found."""
-    application = Application(options.replicas)
+    flags = {**FLAGS, "prefix-routing": options.prefix_routing}
+    application = Application(options.replicas, flags)
     try:
-        yield "deployed_s", application.deploy(FLAGS, num_replicas=options.replicas)
+        yield "deployed_s", application.deploy({}, num_replicas=options.replicas)
         load = Load(application.url, options.streams, options.tokens)
         yield "spread", await spread(application, load, options.seconds)
         for victim in ("engine", "replica"):
@@ -248,6 +254,8 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--seconds", type=float, default=5, help="load before and after each event")
+    text = "with the deployment in front that reads bodies"
+    parser.add_argument("--prefix-routing", action="store_true", help=text)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     try:

@@ -12,7 +12,9 @@ Knows: Ray Serve's routers. Knows nothing of bodies but what `forwarding` has fo
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -20,11 +22,18 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisrv.deploy.forwarding import ReadRequest, read
+from minisrv.errors import EngineDeadError
+
+RETRY_SECONDS = 2.0
+"""Seconds for which a request is sent again that only replicas without an engine have seen. Ray
+notices within a quarter of a second that such a replica has ended."""
+RETRY_PAUSE_SECONDS = 0.05
 
 
 class PromptReader:
     """Reads each request and passes it on to a replica that the request router chooses by its
-    prompt."""
+    prompt. A request that comes to a replica whose engine has died is sent again; one that an
+    engine may have begun never is, as it may be what the engine died of."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas.options(method_name="respond", stream=True)
@@ -37,12 +46,20 @@ class PromptReader:
         request = await read(scope, receive)
         if request is None:
             return
-        if request.prompt:
-            messages = self._replicas.remote(request)
-        else:  # Ray's router for prefixes expects a prompt in a positional argument
-            messages = self._replicas.remote(request=request)
-        async for message in messages:
-            await send(message)
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            if request.prompt:
+                messages = self._replicas.remote(request)
+            else:  # Ray's router for prefixes expects a prompt in a positional argument
+                messages = self._replicas.remote(request=request)
+            try:
+                async for message in messages:
+                    await send(message)
+                return
+            except EngineDeadError:  # nothing has been sent
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
 
 class PrefixRouter(RequestRouter):

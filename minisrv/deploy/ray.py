@@ -112,7 +112,10 @@ class Replica:
         return self._app
 
     async def respond(self, request: ReadRequest) -> AsyncGenerator[Message]:
-        """Answer a request of the PromptReader with the messages of the response."""
+        """Answer a request of the PromptReader with the messages of the response. Raises
+        EngineDeadError if the engine had died before the request came."""
+        if self._client.state is EngineState.DEAD:
+            raise self._client.death
         async with aclosing(answer(self._app, request)) as messages:
             async for message in messages:
                 yield message

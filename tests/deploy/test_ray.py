@@ -99,12 +99,20 @@ def test_what_a_server_refuses_is_refused(client: httpx.Client):
     assert client.get("/ready", headers=wrong).status_code == 200
 
 
-def test_a_replica_whose_engine_dies_is_replaced(client: httpx.Client):
+def test_a_replica_whose_engine_dies_is_replaced(
+    client: httpx.Client, request: pytest.FixtureRequest
+):
+    """Requests that come before Ray knows are sent again where there is a deployment in front."""
     before = _engines()
     assert len(before) == REPLICAS
     dead, replica = before.popitem()
     os.kill(dead, signal.SIGKILL)
-    _wait(lambda: not Path(f"/proc/{replica}").exists(), "its replica ends")
+    _wait(lambda: not Path(f"/proc/{dead}").exists(), "it has ended")
+    while Path(f"/proc/{replica}").exists():
+        if request.node.callspec.params["url"]:
+            prompt = f"{time.monotonic()}: once upon a time"
+            answer = client.post("/v1/completions", json={**STORY, "prompt": prompt})
+            assert answer.status_code == 200, answer.text
     for _ in range(8):
         assert client.post("/v1/completions", json=STORY).status_code == 200
     _wait(lambda: len(_engines()) == REPLICAS, "another takes its place")
