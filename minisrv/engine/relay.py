@@ -42,7 +42,10 @@ MAX_READ = 4096
 """Maximum number of bytes that are read from a peer in a turn."""
 PAUSE_SECONDS = 0.02
 """Number of seconds between two turns in which connections are accepted and peers are read."""
-CHUNK = 64 << 10
+GATHER_SECONDS = 0.005
+"""Number of seconds for which what is for peers is gathered, so that many small pieces go out
+together."""
+CHUNK = 128 << 10
 """Maximum number of bytes that are kept for a peer that does not read, outside the kernel."""
 RECEIVE_BUFFER = 16 << 10
 """Number of bytes of a peer that the kernel keeps until they are read."""
@@ -224,6 +227,7 @@ class Relay:
     def _run(self) -> None:
         while self._end is None:
             self._carry(None)
+            time.sleep(GATHER_SECONDS)
         self.outward.unregister(self._wakeup)
         for door in self._doors:
             door.close()

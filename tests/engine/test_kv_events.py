@@ -25,7 +25,7 @@ from minisrv.core.kv_events import (
     event_hash,
 )
 from minisrv.core.step import SchedulerOutput
-from minisrv.engine import kv_events
+from minisrv.engine import kv_events, relay
 from minisrv.engine.kv_events import KVEventPublisher
 from minisrv.engine.process import EngineProcess
 from minisrv.engine.relay import MAX_PEERS, MAX_RECEIVED
@@ -133,9 +133,12 @@ def full_hash(known: dict[int, Block], name: int, found: dict[int, bytes]) -> by
 
 
 @pytest.mark.parametrize("number", [1500])
-def test_a_reader_s_picture_is_the_cache(tmp_path: Path, number: int) -> None:
+def test_a_reader_s_picture_is_the_cache(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through preemption, eviction, aborts and clearing, with lost batches that are asked for
     again, a reader has exactly the blocks that the cache can find, with their tokens."""
+    monkeypatch.setattr(relay, "GATHER_SECONDS", 0)  # it waits for each batch
     config = endpoints(tmp_path)
     publisher = KVEventPublisher(config, tmp_path)
     assert config.replay_endpoint is not None
@@ -365,6 +368,7 @@ def test_readers_that_do_not_read_hold_little(
     """Neither those of live batches nor those of replays, of which each has asked for several, at
     another time each. A reader that reads gets every batch."""
     monkeypatch.setattr(kv_events, "MAX_KEPT_BYTES", 8 << 20)
+    monkeypatch.setattr(relay, "GATHER_SECONDS", 0)  # it waits for each batch
     config = endpoints(tmp_path)
     publisher = KVEventPublisher(config, tmp_path)
     assert config.replay_endpoint is not None
