@@ -20,28 +20,43 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipe.chat import Message, evaluation
 from recipe.tasks import MAX_ANSWER_TOKENS, TASKS, Case
+from recipe.tokenizer import written_calls
+from recipe.tool_chat import TOOL_TASKS, tool_evaluation
+from recipe.tools import Tool
 from tqdm import tqdm
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "minisrv-default"
-Prompt = list[Message]
+ALL_TASKS = (*TASKS, *TOOL_TASKS)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The messages of a chat and the tools that it offers."""
+
+    messages: list[Message]
+    tools: list[Tool]
 
 
 def held_out_cases(cases_per_task: int, seed: int) -> list[tuple[Prompt, Case]]:
     """So many different held-out cases of every task."""
     chosen: list[tuple[Prompt, Case]] = []
-    for task in TASKS:
+    for task in ALL_TASKS:
         rng = random.Random(f"{seed}/{task}")
         seen: set[str] = set()
         while len(seen) < cases_per_task:
-            prompt, case = evaluation(rng, task)
+            if task in TOOL_TASKS:
+                messages, tools, case = tool_evaluation(rng, task)
+            else:
+                (messages, case), tools = evaluation(rng, task), []
             if case.prompt not in seen:
                 seen.add(case.prompt)
-                chosen.append((prompt, case))
+                chosen.append((Prompt(messages, tools), case))
     return chosen
 
 
@@ -60,16 +75,29 @@ async def ask_url(
             async with gate:
                 reply = await client.chat.completions.create(
                     model=name,
-                    messages=prompt,  # type: ignore[arg-type]
+                    messages=prompt.messages,  # type: ignore[arg-type]
                     temperature=0.0,
                     max_tokens=MAX_ANSWER_TOKENS,
+                    **({"tools": prompt.tools} if prompt.tools else {}),  # type: ignore[arg-type]
                 )
             progress.update()
-            return reply.choices[0].message.content or ""
+            message = reply.choices[0].message
+            calls = [call.model_dump() for call in message.tool_calls or ()]
+            return (message.content or "") + written_calls(calls)
 
         answers = await asyncio.gather(*map(ask, prompts))
         progress.close()
         return list(answers)
+
+
+def rendered(tokenizer: Any, prompts: list[Prompt]) -> list[str]:
+    """The texts that the chat template of transformers' tokenizer makes of the prompts."""
+    return [
+        tokenizer.apply_chat_template(
+            p.messages, tools=p.tools or None, tokenize=False, add_generation_prompt=True
+        )
+        for p in prompts
+    ]
 
 
 def ask_minisrv(model: str | None, prompts: list[Prompt], options: dict[str, Any]) -> list[str]:
@@ -77,7 +105,8 @@ def ask_minisrv(model: str | None, prompts: list[Prompt], options: dict[str, Any
     from minisrv import LLM, SamplingParams
 
     llm = LLM(model=model, **options)
-    outputs = llm.chat(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS))
+    texts = rendered(llm.get_tokenizer(), prompts)
+    outputs = llm.generate(texts, SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS))
     return [output.outputs[0].text for output in outputs]
 
 
@@ -89,10 +118,7 @@ def ask_transformers(model: str, prompts: list[Prompt], batch_size: int = 64) ->
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     network = AutoModelForCausalLM.from_pretrained(model).float().to(device).eval()
-    texts = [
-        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
+    texts = rendered(tokenizer, prompts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
     for start in tqdm(range(0, len(order), batch_size), unit="batch"):
@@ -110,7 +136,7 @@ def ask_transformers(model: str, prompts: list[Prompt], batch_size: int = 64) ->
 def score(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, dict[str, float]]:
     """Exact matches by task, and in all under "total"."""
     table: dict[str, dict[str, float]] = {}
-    for name in (*TASKS, "total"):
+    for name in (*ALL_TASKS, "total"):
         right = [
             answer.strip() == case.answer
             for case, answer in zip(cases, answers, strict=True)

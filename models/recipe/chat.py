@@ -8,6 +8,7 @@ conversation. Does not know tokens or the template that joins messages.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from recipe import facts
 from recipe.grammar import expand
@@ -16,7 +17,7 @@ from recipe.stories import BOYS, GIRLS, story
 from recipe.tasks import Case, draw, letters_question, lookup_questions
 from recipe.words import CITIES, JOBS, NAMES, NOUNS, open_word
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 TASK_WEIGHTS: dict[str, float] = {
     "add": 2.0, "subtract": 3.0, "multiply": 3.0, "copy": 1.2, "reverse": 1.2,

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recipe import chat, facts
+from recipe import chat, facts, tool_chat
 from recipe.stories import story
 from recipe.tokenizer import END_OF_TEXT, IM_END, IM_START, render
 from recipe.vignettes import vignette
@@ -28,9 +28,10 @@ from recipe.vignettes import vignette
 IGNORED = -100
 # Shares of all tokens.
 SHARES: dict[str, float] = {
-    "tasks": 0.64, "light": 0.07, "stories": 0.10, "vignettes": 0.04, "facts": 0.04,
-    "definitions": 0.06, "manuals": 0.05,
+    "tasks": 0.55, "tools": 0.17, "light": 0.06, "stories": 0.08, "vignettes": 0.03,
+    "facts": 0.03, "definitions": 0.05, "manuals": 0.03,
 }  # fmt: skip
+CHATS = ("tasks", "tools", "light")
 FROM_PACKAGES = ("definitions", "manuals")
 _DRAWN_TOGETHER = 64
 
@@ -39,6 +40,8 @@ def generate(rng: random.Random, source: str) -> str:
     """One document of a generated source."""
     if source == "tasks":
         return render(chat.conversation(rng))
+    if source == "tools":
+        return render(*tool_chat.conversation(rng))
     if source == "light":
         return render(chat.light_conversation(rng))
     if source == "stories":
@@ -144,7 +147,7 @@ class PackedBatches(IterableDataset[Batch]):
         documents = []
         for encoding in tokenizer.encode_batch_fast(texts):
             ids = np.array(encoding.ids, dtype=np.int64)
-            chatted = source in ("tasks", "light")
+            chatted = source in CHATS
             mask = answer_mask(ids, tokenizer) if chatted else np.ones(len(ids), dtype=bool)
             documents.append((ids, mask))
         return documents

@@ -11,13 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+
+from minisrv.text.chat_deltas import ToolCallArguments, ToolCallStart
+from minisrv.text.chat_format import ChatFormat
+from minisrv.text.tool_parsers import HermesToolParser
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 sys.path.insert(0, str(MODELS))
 
-from recipe import chat, data, tasks, tokenizer  # noqa: E402
+from recipe import chat, data, tasks, tokenizer, tool_chat  # noqa: E402
 from recipe.grammar import expand  # noqa: E402
+from recipe.tools import Tool  # noqa: E402
 
 CHECKPOINT = MODELS / "minisrv-default"
 
@@ -80,6 +86,10 @@ def test_the_longest_answer_fits_the_evaluations_limit(fast_tokenizer) -> None:
         for _ in range(1000):
             answer = tasks.draw(rng, task, held_out=True).answer
             assert len(fast_tokenizer.encode(answer).ids) < tasks.MAX_ANSWER_TOKENS
+    for task in tool_chat.TOOL_TASKS:
+        for _ in range(300):
+            answer = tool_chat.tool_evaluation(rng, task)[2].answer
+            assert len(fast_tokenizer.encode(answer).ids) < tasks.MAX_ANSWER_TOKENS
 
 
 def test_grammar_chooses_fills_and_picks_the_article() -> None:
@@ -90,12 +100,68 @@ def test_grammar_chooses_fills_and_picks_the_article() -> None:
     assert expand("{He} ran.", {"he": "she"}, rng) == "She ran."
 
 
-def test_the_checkpoints_template_is_the_one_trained_on() -> None:
-    jinja2 = pytest.importorskip("jinja2")
+def template_renders(messages: list[chat.Message], tools: list[Tool]) -> str:
+    """What the recipe's chat template makes of a conversation, in transformers' environment."""
+    from minisrv.text.chat_template import ChatTemplate
+
+    return ChatTemplate({"default": tokenizer.CHAT_TEMPLATE}, {}).render(messages, False, tools)
+
+
+def test_the_checkpoints_template_is_the_recipes() -> None:
     config = json.loads((CHECKPOINT / "tokenizer_config.json").read_text(encoding="utf-8"))
-    messages = chat.conversation(random.Random(2))
-    rendered = jinja2.Template(config["chat_template"]).render(messages=messages)
-    assert rendered == tokenizer.render(messages)
+    assert config["chat_template"] == tokenizer.CHAT_TEMPLATE
+
+
+def test_training_renders_as_the_template_does() -> None:
+    rng = random.Random(2)
+    for _ in range(50):
+        messages = chat.conversation(rng)
+        assert template_renders(messages, []) == tokenizer.render(messages)
+        messages, tools = tool_chat.conversation(rng)
+        assert template_renders(messages, tools) == tokenizer.render(messages, tools)
+
+
+def test_without_tools_a_message_is_its_role_and_its_content() -> None:
+    messages = chat.conversation(random.Random(3))
+    plain = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    assert template_renders(messages, []) == plain
+
+
+def test_the_servers_parser_finds_the_calls_that_training_writes() -> None:
+    format = ChatFormat.of_template(tokenizer.CHAT_TEMPLATE)
+    assert format.tool_parser is HermesToolParser
+    assert format.knows_tools
+    assert format.spells_calls
+    rng = random.Random(7)
+    for task in ("tool_call", "tool_calls") * 100:
+        _, tools, case = tool_chat.tool_evaluation(rng, task)
+        parser = HermesToolParser()
+        deltas = parser.feed(case.answer) + parser.finish()
+        calls: list[tuple[str, str]] = []
+        for delta in deltas:
+            match delta:
+                case ToolCallStart(name=name):
+                    calls.append((name, ""))
+                case ToolCallArguments(text=text):
+                    calls[-1] = (calls[-1][0], calls[-1][1] + text)
+                case _:
+                    pytest.fail(f"{delta} in {case.answer}")
+        assert len(calls) == (2 if task == "tool_calls" else 1)
+        schemas = {t["function"]["name"]: t["function"].get("parameters", {}) for t in tools}
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), schemas[name])
+
+
+def test_training_with_tools_holds_no_held_out_call() -> None:
+    rng = random.Random(8)
+    held_out = set()
+    for _ in range(3000):
+        case = tool_chat.tool_evaluation(rng, "tool_call")[2]
+        if json.loads(case.key.split("|", 1)[1]) and "[" in case.key:
+            held_out.add(case.prompt)
+    for _ in range(3000):
+        for message in tool_chat.conversation(rng)[0]:
+            assert message["content"] not in held_out
 
 
 def test_any_text_survives_the_tokenizer(fast_tokenizer) -> None:
