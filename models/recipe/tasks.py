@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from recipe.words import CITIES, COLORS, EVERYDAY, JOBS, NAMES, NOUNS, open_word
 
 HELD_OUT_ONE_IN = 16
-MAX_ANSWER_TOKENS = 160
+MAX_ANSWER_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)

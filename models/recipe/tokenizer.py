@@ -92,15 +92,11 @@ def written_calls(calls: Sequence[Mapping[str, Any]]) -> str:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        written.append(
-            f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-        )
+        written.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     return "\n".join(written)
 
 
-def render(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-) -> str:
+def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """What the chat template makes of the messages and tools, without a generation prompt."""
     parts = []
     if tools:

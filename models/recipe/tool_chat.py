@@ -6,6 +6,7 @@ of them are held out. Does not know the tools (`tools`), tokens or the template.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from recipe.chat import Message, evaluation, small_talk, system_prompt, task_turn, training_case
@@ -24,22 +25,21 @@ _UNFIT: dict[str, frozenset[str]] = {
 }
 """The families of tools that would answer the questions of a task."""
 
-_TALKED_ABOUT = _SUMS | {"weather", "clock", "message", "search", "days", "convert"}
+_DECLINED = _SUMS | {"weather", "clock", "message", "search", "days", "convert"}
 """The families of tools for requests that small talk declines."""
 
 
 def is_held_out(use: Use) -> bool:
-    """Whether only the evaluation may ask this."""
-    return Case("tool", use.question, "", use.key).held_out
+    """Whether only the evaluation may ask this. A call without arguments may always be trained, as
+    it has no content."""
+    return bool(use.arguments) and Case("tool", use.question, "", use.key).held_out
 
 
-def _ask(ask: Ask, *, held_out: bool) -> Use:
-    """A use from the wanted side of the split, or after many attempts from any: functions without
-    parameters have a single use."""
-    for _ in range(200):
+def _training_use(ask: Ask) -> Use:
+    """A use that training may see."""
+    use = ask()
+    while is_held_out(use):
         use = ask()
-        if is_held_out(use) == held_out:
-            break
     return use
 
 
@@ -70,7 +70,7 @@ def _tool_turn(rng: random.Random, box: list[tuple[Tool, Ask]]) -> list[Message]
     n = rng.choice((1, 1, 1, 1, 2, 2, 3)) if rng.random() < 0.5 else 1
     one = rng.choice(box)
     asked = [one] * n if rng.random() < 0.5 else [rng.choice(box) for _ in range(n)]
-    uses = [_ask(ask, held_out=False) for _, ask in asked]
+    uses = [_training_use(ask) for _, ask in asked]
     answer = " ".join(use.answer for use in uses)
     return [
         _question(_joined(rng, uses)), _calls(uses), *_results(uses),
@@ -84,7 +84,8 @@ def _plain_turns(rng: random.Random) -> tuple[list[list[Message]], frozenset[str
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         if rng.random() < 0.2:
             turns.append(small_talk(rng))
-            unfit |= _TALKED_ABOUT
+            if turns[-1][-1]["content"].startswith("I am sorry"):
+                unfit |= _DECLINED
         else:
             case = training_case(rng)
             turns.append(task_turn(case))
@@ -111,15 +112,15 @@ def tool_evaluation(rng: random.Random, task: str) -> tuple[list[Message], list[
         messages, case = evaluation(rng, plain)
         box: list[tuple[Tool, Ask]] = []
         while not box:
-            box = toolbox(rng, rng.randint(1, 4), _UNFIT.get(plain, frozenset()) | _TALKED_ABOUT)
+            box = toolbox(rng, rng.randint(1, 4), _UNFIT.get(plain, frozenset()))
         return messages, [tool for tool, _ in box], Case(task, case.prompt, case.answer, case.key)
-    while True:
-        messages = [system_prompt(rng)] if rng.random() < 0.25 else []
+    messages = [system_prompt(rng)] if rng.random() < 0.25 else []
+    wanted = 2 if task == "tool_calls" else 1
+    uses: list[Use] = []
+    while len(uses) < wanted:
         box = toolbox(rng, rng.randint(1, 4))
-        asked = [rng.choice(box)[1] for _ in range(2 if task == "tool_calls" else 1)]
-        uses = [_ask(ask, held_out=True) for ask in asked]
-        if all(map(is_held_out, uses)):
-            break
+        drawn = (rng.choice(box)[1]() for _ in range(64))
+        uses = list(itertools.islice(filter(is_held_out, drawn), wanted))
     question = _joined(rng, uses)
     messages = [*messages, _question(question)]
     answer = written_calls([use.call for use in uses])

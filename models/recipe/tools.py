@@ -106,8 +106,12 @@ def _tool(
     return {"type": "function", "function": function}, keys
 
 
-def _typed(rng: random.Random, question: str) -> str:
-    """The question, now and then without its first capital or its last sign."""
+def _typed(rng: random.Random, question: str, name: str) -> str:
+    """The question, now and then with the tool's name or a greeting, or typed carelessly."""
+    if rng.random() < 0.05:
+        return question + rng.choice((f" Use the tool {name}.", f" Use {name}.", f" Call {name}."))
+    if rng.random() < 0.06:
+        return rng.choice(("Hello! ", "Hi. ", "OK. ", "Thanks. ", "Now: ")) + question
     if rng.random() < 0.12 and question[-1] in ".?":
         question = question[:-1]
     return question[0].lower() + question[1:] if rng.random() < 0.15 else question
@@ -180,7 +184,7 @@ def _use(
         answer = f"I am sorry, the tool failed: {reason}."
     name = tool["function"]["name"]
     key = f"{family}|{json.dumps(list(arguments.values()) or name)}"
-    return Use(_typed(rng, question), name, arguments, result, answer, key)
+    return Use(_typed(rng, question, name), name, arguments, result, answer, key)
 
 
 def _place(rng: random.Random) -> str:
@@ -665,9 +669,7 @@ def rivals(family: str) -> frozenset[str]:
     return frozenset({family, close.get(family, family)})
 
 
-def draw_families(
-    rng: random.Random, n: int, excluded: frozenset[str] = frozenset()
-) -> list[str]:
+def draw_families(rng: random.Random, n: int, excluded: frozenset[str] = frozenset()) -> list[str]:
     """At most so many families, of which none rivals another."""
     chosen: list[str] = []
     for _ in range(n):
