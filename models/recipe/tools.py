@@ -1,4 +1,4 @@
-# ruff: noqa: E501
+# ruff: noqa: E501, SIM905 - texts and lists read better in one line
 """Tools, and conversations in which they are called.
 
 Knows: families of functions whose names, parameters and descriptions vary, questions that they
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.grammar import expand
-from recipe.words import CITIES, COLORS, JOBS, NAMES, NOUNS, open_word
+from recipe.words import CITIES, COLORS, NAMES, NOUNS, open_word
 
 Schema = dict[str, Any]
 Tool = dict[str, Any]
@@ -521,7 +521,7 @@ def _timer(rng: random.Random) -> tuple[Tool, Ask]:
     return tool, ask
 
 
-_UNITS = "meters feet miles kilometers inches yards pounds kilograms grams ounces liters gallons cups dollars euros pounds francs yen USD EUR GBP JPY CHF".split()
+_UNITS = "meters feet miles kilometers inches yards pounds kilograms grams ounces liters gallons cups dollars euros francs yen USD EUR GBP JPY CHF".split()
 
 
 def _convert(rng: random.Random) -> tuple[Tool, Ask]:
