@@ -57,7 +57,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.clients.needs import needs
-from benchmarks.clients.teach_tools import TEMPLATE
 from benchmarks.questions import CHAT, Answer, Question, Questions, parse
 from minisrv.checkpoint import Checkpoint, open_checkpoint
 from minisrv.config import EngineConfig
@@ -84,6 +83,16 @@ with needs("pip install -e '.[test]'"):
 
 CONTEXT, CONTEXT_WITH_TOOLS = 320, 704
 """Tokens of the longest question, and somewhat more."""
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template that tells of tools in few words, which the small tokenizer makes long."""
 TOOLS = 0.15
 """Of the engines are asked for calls of tools, and have to have room for these."""
 MAX_TOKENS = ((1, 2, 6, 12, 16, 24), (8, 32, 64))

@@ -17,10 +17,10 @@ three after a quarter of the time (medians); it may shrink. Its memory is the pa
 written itself (`Anonymous` of smaps_rollup, else RssAnon, else VmRSS); the resident set is shown
 beside it.
 
-Answers are the same in every batch only in float32: give the server `--dtype float32`. This script
-adds `--port` and a chat template with tools to the command. The JSON is written at each sample. The
-exit status is 1 if an answer differed, a request failed, the server did not come to rest, or a
-process is not flat.
+Answers are the same in every batch only in float32: give the server `--dtype float32`. The chat
+template of its model has to support tools, as the default model's does. This script adds `--port`
+to the command. The JSON is written at each sample. The exit status is 1 if an answer differed, a
+request failed, the server did not come to rest, or a process is not flat.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import asyncio
 import json
 import random
 import re
-import shlex
 import signal
 import statistics
 import sys
@@ -47,7 +46,6 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.clients.teach_tools import TEMPLATE
 from benchmarks.memory import gpu_mib, processes
 from benchmarks.questions import COMPLETIONS, Answer, Question, Questions, parse
 from loadgen.errors import ServerError
@@ -435,25 +433,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     options.environment = environment()
-    with TemporaryDirectory(prefix="soak-") as directory:
-        template, log = Path(directory, "template.jinja"), Path(directory, "log")
-        template.write_text(TEMPLATE)
-        command = f"{options.server} --chat-template {shlex.quote(str(template))}"
-        with Server("the server", command, log) as server:
-            server.wait_ready(PATIENCE_S)
-            soak = Soak(server, options)
+    with (
+        TemporaryDirectory(prefix="soak-") as directory,
+        Server("the server", options.server, Path(directory, "log")) as server,
+    ):
+        server.wait_ready(PATIENCE_S)
+        soak = Soak(server, options)
 
-            def stop(*_: object) -> None:
-                soak.stopped = True
+        def stop(*_: object) -> None:
+            soak.stopped = True
 
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, stop)
-            try:
-                asyncio.run(soak.run())
-                server.check()
-            except (ServerError, HTTPError, TimeoutError, ValueError) as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                soak.errors["the server ended, or could not be asked alone"] += 1
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
+        try:
+            asyncio.run(soak.run())
+            server.check()
+        except (ServerError, HTTPError, TimeoutError, ValueError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            soak.errors["the server ended, or could not be asked alone"] += 1
     if not soak.samples:
         return 1
     write(options, soak)

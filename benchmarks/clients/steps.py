@@ -52,16 +52,14 @@ class Steps:
         return 0 if all(step["works"] for step in self._steps) else 1
 
 
-def run_program(description: str, steps_of: Callable[..., Steps]) -> int:
+def run_program(description: str, steps_of: Callable[[str], Steps]) -> int:
     """Run the steps of a client as the command line says, and return the exit status.
 
     description: the description of the program in its help.
-    steps_of: runs the steps for the URL of a server, and `tools`, whether the chat template of its
-        model supports tools.
+    steps_of: runs the steps for the URL of a server.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("url")
-    parser.add_argument("--tools", action="store_true", help="the chat template knows tools")
     parser.add_argument("--json")
     args = parser.parse_args()
-    return steps_of(args.url, tools=args.tools).report(args.json)
+    return steps_of(args.url).report(args.json)

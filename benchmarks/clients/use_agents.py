@@ -1,13 +1,11 @@
 """AutoGen's and LangChain's agents against a server: two turns, with a tool in each.
 
-    python benchmarks/clients/use_agents.py http://127.0.0.1:8000 --tools [--json out.json]
+    python benchmarks/clients/use_agents.py http://127.0.0.1:8000 [--json out.json]
 
 Runs in an environment with autogen-agentchat, autogen-ext[openai], langchain, langchain-openai and
-langgraph, against the copy of the default model that teach_tools.py makes, served as
-minisrv-default. That model has not learned to call a tool by itself, so the first request of each
-turn requires a call; everything else is sent as the agents send it. Every step asserts its results;
-a failed step is reported and makes the exit status 1. The report also has the bodies of the
-requests.
+langgraph, against the default model. The first request of each turn requires a call; everything
+else is sent as the agents send it. Every step asserts its results; a failed step is reported and
+makes the exit status 1. The report also has the bodies of the requests.
 
 Knows: the agents' interfaces. Knows nothing of the server.
 """
@@ -64,13 +62,8 @@ def calling(request: ModelRequest, handler: Any) -> ModelResponse:
     return answer
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
-    if not tools:
-        raise SystemExit("agents call tools: serve what teach_tools.py makes, and add --tools")
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps("autogen-agentchat", "autogen-ext", "langchain", "langchain-openai", "openai")
     settings: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
     bodies: list[Any] = []

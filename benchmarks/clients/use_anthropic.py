@@ -1,10 +1,9 @@
 """The official client of Anthropic's API against a server.
 
-    python benchmarks/clients/use_anthropic.py http://127.0.0.1:8000 [--tools] [--json out.json]
+    python benchmarks/clients/use_anthropic.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with anthropic, against the default model, or with --tools against the copy
-of it that teach_tools.py makes, served as minisrv-default. Every step asserts its results; a failed
-step is reported and makes the exit status 1. The prompts are such as the default model can answer.
+Runs in an environment with anthropic, against the default model, and asks what it can answer.
+Every step asserts its results; a failed step is reported and makes the exit status 1.
 
 Knows: the client's interface. Knows nothing of HTTP.
 """
@@ -36,11 +35,8 @@ WEATHER: Any = {
 FORMAT: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps("anthropic")
     client = anthropic.Anthropic(base_url=url, api_key="none")
     settings: dict[str, Any] = {
@@ -133,9 +129,6 @@ def steps_of(url: str, *, tools: bool) -> Steps:
         with client.messages.stream(messages=[SUM], **settings) as stream:
             next(iter(stream))
         return client.messages.create(messages=[SUM], **settings).stop_reason
-
-    if not tools:
-        return steps
 
     @steps.run
     def tool_call() -> Any:

@@ -6,9 +6,10 @@
 //         @ai-sdk/anthropic zod
 //     node benchmarks/clients/use_defaults.mjs http://127.0.0.1:8000 [out.json]
 //
-// The packages are looked up in the working directory. The server has what teach_tools.py makes,
-// served as minisrv-default. Every step asserts its results; a failed step is reported and makes the
-// exit status 1. The results are added to those in the file, with the bodies of the requests.
+// The packages are looked up in the working directory. The server has the default model with a
+// context of 8,192 tokens, as benchmarks/README.md says. Every step asserts its results; a failed
+// step is reported and makes the exit status 1. The results are added to those in the file, with the
+// bodies of the requests.
 
 import assert from "node:assert/strict";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";

@@ -4,11 +4,10 @@ call, a structured output, an error and a stream that is given up, of each of th
     python benchmarks/clients/use_defaults.py http://127.0.0.1:8000 CLIENT ... [--json out.json]
 
 Runs the named clients; each in an environment with the packages that it imports, whose versions are
-reported. The results of several environments are collected in one file. The server has what
-teach_tools.py makes, served as minisrv-default. That model has not learned to call a tool by
-itself, so a call is required where the client does not require one anyway. A proxy records the
-requests, except in the last step. Every step asserts its results; a failed step is reported and
-makes the exit status 1.
+reported. The results of several environments are collected in one file. The server has the default
+model with a context of 8,192 tokens, as benchmarks/README.md says. A call is required where the
+client does not require one anyway. A proxy records the requests, except in the last step. Every
+step asserts its results; a failed step is reported and makes the exit status 1.
 
 Knows: the clients' interfaces, and the path that tells how many requests a server has. Knows
 nothing else of the server.

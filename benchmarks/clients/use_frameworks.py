@@ -1,13 +1,12 @@
 """Frameworks that speak OpenAI's APIs against a server: LangChain, LiteLLM, pydantic-ai,
 instructor, LlamaIndex, smolagents and outlines, over the Responses API where they can.
 
-    python benchmarks/clients/use_frameworks.py http://127.0.0.1:8000 --tools [--json out.json]
+    python benchmarks/clients/use_frameworks.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with the packages that `needs` names below, against the copy of the default
-model that teach_tools.py makes, served as minisrv-default. That model has not learned to call a
-tool by itself, so calls are required. Everything else is sent as the frameworks send it. Every step
-asserts its results; a failed step is reported and makes the exit status 1. The report also has the
-requests, as a proxy has recorded them.
+Runs in an environment with the packages that `needs` names below, against the default model. Calls
+are required; everything else is sent as the frameworks send it. Every step asserts its results; a
+failed step is reported and makes the exit status 1. The report also has the requests, as a proxy
+has recorded them.
 
 Knows: the frameworks' interfaces. Knows nothing of the server.
 """
@@ -66,13 +65,8 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
     return f"Sunny in {city}."
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
-    if not tools:
-        raise SystemExit("frameworks call tools: serve what teach_tools.py makes, and add --tools")
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps(*PACKAGES)
 
     def run(step: Callable[[str], Any]) -> None:

@@ -1,11 +1,9 @@
 """langchain-openai against a server: ChatOpenAI as an application uses it.
 
-    python benchmarks/clients/use_langchain.py http://127.0.0.1:8000 [--tools] [--json out.json]
+    python benchmarks/clients/use_langchain.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with langchain-openai, against the default model, or with --tools against the
-copy of it that teach_tools.py makes, served as minisrv-default. Every step asserts its results; a
-failed step is reported and makes the exit status 1. The prompts are such as the default model can
-answer.
+Runs in an environment with langchain-openai, against the default model, and asks what it can
+answer. Every step asserts its results; a failed step is reported and makes the exit status 1.
 
 Knows: LangChain's interface. Knows nothing of HTTP.
 """
@@ -41,11 +39,8 @@ def get_weather(city: Literal["Oslo", "Rome"], unit: Literal["celsius", "fahrenh
     return f"Sunny in {city}, 20 {unit}."
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps("langchain-openai", "langchain-core", "openai")
     settings: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
     chat = ChatOpenAI(model="minisrv-default", max_completion_tokens=200, **settings)
@@ -113,9 +108,6 @@ def steps_of(url: str, *, tools: bool) -> Steps:
             assert found["parsing_error"] is None
             assert isinstance(found["parsed"], Person if method == "json_schema" else dict)
             return str(found["parsed"])
-
-    if not tools:
-        return steps
 
     for choice in ("required", "get_weather"):
 

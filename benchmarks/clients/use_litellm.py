@@ -1,10 +1,9 @@
 """LiteLLM against a server, as `openai/` and as `hosted_vllm/`.
 
-    python benchmarks/clients/use_litellm.py http://127.0.0.1:8000 [--tools] [--json out.json]
+    python benchmarks/clients/use_litellm.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with litellm, against the default model, or with --tools against the copy of
-it that teach_tools.py makes, served as minisrv-default. Every step asserts its results; a failed
-step is reported and makes the exit status 1. The prompts are such as the default model can answer.
+Runs in an environment with litellm, against the default model, and asks what it can answer.
+Every step asserts its results; a failed step is reported and makes the exit status 1.
 
 Knows: LiteLLM's interface. Knows nothing of HTTP.
 """
@@ -47,11 +46,8 @@ WEATHER = {
 }
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps("litellm", "openai")
     for provider in ("openai", "hosted_vllm"):
         settings: dict[str, Any] = {
@@ -118,21 +114,19 @@ def steps_of(url: str, *, tools: bool) -> Steps:
             answer = litellm.completion(messages=[question], response_format=Person, **settings)
             return Person.model_validate_json(answer.choices[0].message.content).model_dump()
 
-        if tools:
-
-            @steps.run
-            def called(settings: dict[str, Any] = settings) -> Any:
-                question = {"role": "user", "content": "What is the weather in Oslo?"}
-                asked = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 300}
-                answer = litellm.completion(messages=[question], **asked, **settings)
-                [choice] = answer.choices
-                assert choice.finish_reason == "tool_calls"
-                call = choice.message.tool_calls[0]
-                assert call.function.name == "get_weather"
-                result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
-                turns = [question, choice.message, result]
-                litellm.completion(messages=turns, tools=[WEATHER], max_tokens=20, **settings)
-                return json.loads(call.function.arguments)
+        @steps.run
+        def called(settings: dict[str, Any] = settings) -> Any:
+            question = {"role": "user", "content": "What is the weather in Oslo?"}
+            asked = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 300}
+            answer = litellm.completion(messages=[question], **asked, **settings)
+            [choice] = answer.choices
+            assert choice.finish_reason == "tool_calls"
+            call = choice.message.tool_calls[0]
+            assert call.function.name == "get_weather"
+            result = {"role": "tool", "tool_call_id": call.id, "content": "Sunny."}
+            turns = [question, choice.message, result]
+            litellm.completion(messages=turns, tools=[WEATHER], max_tokens=20, **settings)
+            return json.loads(call.function.arguments)
 
     @steps.run
     def text_completion() -> Any:

@@ -1,12 +1,11 @@
 """OpenAI's Agents SDK, which speaks the Responses API by default, against a server.
 
-    python benchmarks/clients/use_openai_agents.py http://127.0.0.1:8000 --tools [--json out.json]
+    python benchmarks/clients/use_openai_agents.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with openai-agents, against the copy of the default model that teach_tools.py
-makes, served as minisrv-default. That model has not learned to call a tool by itself, so the first
-request of a turn requires a call; the SDK itself takes that back for the next one. Everything else
-is sent as the SDK sends it. Every step asserts its results; a failed step is reported and makes the
-exit status 1. The report also has the bodies of the requests.
+Runs in an environment with openai-agents, against the default model. The first request of a turn
+requires a call; the SDK itself takes that back for the next one. Everything else is sent as the SDK
+sends it. Every step asserts its results; a failed step is reported and makes the exit status 1. The
+report also has the bodies of the requests.
 
 Knows: the SDK's interface. Knows nothing of the server.
 """
@@ -51,13 +50,8 @@ def weather(city: Literal["Oslo", "Rome"]) -> str:
     return f"Sunny in {city}."
 
 
-def steps_of(url: str, *, tools: bool) -> Steps:
-    """Run all steps against the server at `url`, and return them.
-
-    tools: whether the chat template of the served model supports tools.
-    """
-    if not tools:
-        raise SystemExit("agents call tools: serve what teach_tools.py makes, and add --tools")
+def steps_of(url: str) -> Steps:
+    """Run all steps against the server at `url`, and return them."""
     steps = Steps("openai-agents", "openai")
     set_tracing_disabled(True)
     bodies: list[Any] = []

@@ -3,11 +3,10 @@
 //     npm install ai @ai-sdk/openai zod
 //     node benchmarks/clients/use_vercel_ai.mjs http://127.0.0.1:8000 [out.json]
 //
-// The packages are looked up in the working directory. Runs against the copy of the default model
-// that teach_tools.py makes, served as minisrv-default. That model has not learned to call a tool
-// by itself, so the first step of a turn requires a call. Everything else is sent as the SDK sends
-// it. Every step asserts its results; a failed step is reported and makes the exit status 1. The
-// report also has the bodies of the requests.
+// The packages are looked up in the working directory. Runs against the default model. The first
+// step of a turn requires a call; everything else is sent as the SDK sends it. Every step asserts
+// its results; a failed step is reported and makes the exit status 1. The report also has the bodies
+// of the requests.
 
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync } from "node:fs";
