@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -16,19 +14,11 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from minisrv.checkpoint import resolve_checkpoint
 from tests.e2e.server import SMALL, Server
 from tests.text.random_schemas import random_schema, recurses
 
-MODEL = "taught"
+MODEL = "minisrv-default"
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Rome?"}]
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}"
-    "{% endfor %}\nAnswer with <tool_call>.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 PARAMETERS: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -39,6 +29,18 @@ PARAMETERS: dict[str, Any] = {
     "additionalProperties": False,
 }
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+GET_WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
 TIME: Any = {"type": "function", "function": {"name": "time", "description": "It is ..."}}
 
 
@@ -51,18 +53,10 @@ class Weather(BaseModel):
 
 
 @pytest.fixture(scope="module", params=["graphs", "eager"])
-def client(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[openai.OpenAI]:
-    """A client of a server of the default model, with a chat template that tells the model of
-    tools."""
-    directory = tmp_path_factory.mktemp("taught") / MODEL
-    shutil.copytree(Path(resolve_checkpoint(None)), directory)
-    config = directory / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+    """A client of a server of the default model."""
     mode = ["--enforce-eager"] if request.param == "eager" else []
-    flags = ("--served-model-name", MODEL, "--api-workers", "2")
-    server = Server(str(directory), *SMALL, *flags, *mode)
+    server = Server(*SMALL, "--api-workers", "2", *mode)
     try:
         url = server.wait_ready().url + "/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
@@ -153,6 +147,31 @@ def test_a_named_call_and_its_result(client: openai.OpenAI) -> None:
     sent = choice.message.model_dump(exclude_none=True)
     again = ask(client, messages=[*QUESTION, sent, result], tools=[WEATHER], max_tokens=8)
     assert again.usage.prompt_tokens > 60
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_model_calls_a_tool_by_itself_and_reports_its_result(
+    client: openai.OpenAI, streamed: bool
+) -> None:
+    def answer(messages: list[Any]) -> Any:
+        fields: dict[str, Any] = {"model": MODEL, "messages": messages, "temperature": 0}
+        fields |= {"tools": [GET_WEATHER], "max_tokens": 100}
+        if not streamed:
+            return client.chat.completions.create(**fields).choices[0]
+        with client.chat.completions.stream(**fields) as stream:
+            return stream.get_final_completion().choices[0]
+
+    choice = answer(QUESTION)
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Rome"}')
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny, 21 degrees"}
+    told = answer([*QUESTION, choice.message.model_dump(exclude_none=True), result])
+    assert told.finish_reason == "stop"
+    assert "sunny, 21 degrees" in told.message.content
+    greeted = answer([{"role": "user", "content": "Hello!"}])
+    assert not greeted.message.tool_calls
+    assert greeted.message.content.startswith("Hello!")
 
 
 def test_random_schemas_beside_each_other(client: openai.OpenAI) -> None:
