@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -37,12 +38,15 @@ from minisrv.compile.values import (
     Description,
     Intermediate,
     Merged,
+    Operand,
     Path,
     PieceCall,
+    PieceKernels,
     Preparation,
     ProductCall,
     Rotation,
     Shifted,
+    Size,
     Static,
     Value,
     Weight,
@@ -71,9 +75,8 @@ class Model(Protocol):
     dtype: torch.dtype
 
 
-class Piece:
-    """A piece that is called. This one does nothing: it stands for another where a program is
-    launched on tensors without memory.
+class Piece(ABC):
+    """A piece that is called.
 
     number: by which the op finds it, as long as it is referred to.
     read, written: the indices of the arguments that it only reads, and of those that it writes.
@@ -84,9 +87,54 @@ class Piece:
         self.read = [i for i in range(num_arguments) if i not in package.written]
         self.number = next(_numbers)
         pieces_by_number[self.number] = self
+        places = {index: place for place, index in enumerate([*self.read, *self.written])}
+        self._order = [places[index] for index in range(num_arguments)]
 
     def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
         """Run the piece on the arguments that it only reads and on those that it writes."""
+        given = [*read, *written]
+        self._run([given[place] for place in self._order])
+
+    @abstractmethod
+    def _run(self, arguments: list[Tensor]) -> None:
+        """Run the piece on its arguments."""
+
+
+class RehearsedPiece(Piece):
+    """Stands for a piece where a program is launched on tensors without memory, to find out which
+    kernels it launches. What the compiler has made is not run; it is in the package."""
+
+    def __init__(
+        self, package: artifacts.Package, num_arguments: int, kernels: PieceKernels | None
+    ) -> None:
+        super().__init__(package, num_arguments)
+        self._kernels = kernels
+
+    def _run(self, arguments: list[Tensor]) -> None:
+        if self._kernels is None:
+            return
+        index, dim = self._kernels.rows
+        rows = arguments[index].shape[dim]
+
+        def size(of: Size) -> int:
+            return of[0] + rows * of[1]
+
+        def tensor(operand: Operand) -> Tensor:
+            shape, strides = (list(map(size, each)) for each in (operand.shape, operand.strides))
+            offset, dtype = size(operand.offset), getattr(torch, operand.dtype)
+            if operand.argument is not None:
+                memory = arguments[operand.argument]
+                return memory.as_strided(shape, strides, memory.storage_offset() + offset)
+            last = sum((length - 1) * step for length, step in zip(shape, strides, strict=True))
+            memory = torch.empty(offset + last + 1, dtype=dtype, device=arguments[index].device)
+            return memory.as_strided(shape, strides, offset)
+
+        for call in self._kernels.calls:
+            operands = [
+                list(map(tensor, one)) if isinstance(one, list) else one and tensor(one)
+                for one in call.operands  # some are None
+            ]
+            getattr(torch.ops.minisrv, call.op)(*operands, **call.settings)
 
 
 class LoadedPiece(Piece):
@@ -112,13 +160,8 @@ class LoadedPiece(Piece):
             # One thread runs it: no events are recorded between runs, which a capture would refuse.
             make = torch._C._aoti.AOTIModelPackageLoader
             self._package = make(str(file), "model", True, 1, -1)
-        places = {index: place for place, index in enumerate([*self.read, *self.written])}
-        self._order = [places[index] for index in range(num_arguments)]
 
-    def run(self, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
-        """Run the piece on the arguments that it only reads and on those that it writes."""
-        given = [*read, *written]
-        arguments = [given[place] for place in self._order]
+    def _run(self, arguments: list[Tensor]) -> None:
         if self._tried is None:
             self._package.boxed_run(arguments)
             return
@@ -265,11 +308,15 @@ class Program(Compiled):
 
     @classmethod
     def rehearsed(cls, directory: FilePath, model: Model) -> Program:
-        """Return a program of the cache for a model on the meta device, whose pieces do nothing.
-        Raises CompilationError, OSError, RuntimeError or msgspec.MsgspecError if it cannot be
-        used."""
+        """Return a program of the cache for a model on the meta device, whose pieces launch the
+        kernels of this server that they call, and do nothing else. Raises CompilationError,
+        OSError, RuntimeError or msgspec.MsgspecError if it cannot be used."""
         description, packages = _read(directory)
-        pieces = [Piece(*each) for each in zip(packages, _sizes(description), strict=True)]
+        kernels = [file.kernels for file in description.pieces]
+        pieces = [
+            RehearsedPiece(*each)
+            for each in zip(packages, _sizes(description), kernels, strict=True)
+        ]
         return cls(description, pieces, model)
 
     @staticmethod

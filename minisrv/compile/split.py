@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import _get_qualified_name
 
+from minisrv.compile.inside import kernels_inside
 from minisrv.compile.nodes import example, origin, shape, sizes, storage
 from minisrv.compile.trace import Trace
 from minisrv.compile.values import (
@@ -28,6 +29,7 @@ from minisrv.compile.values import (
     Call,
     Intermediate,
     PieceCall,
+    PieceKernels,
     ProductCall,
     Source,
     Static,
@@ -71,10 +73,12 @@ class Piece:
 
     graph: the operations on the arguments, without a result.
     arguments: the specs of the arguments, in their order.
+    kernels: the calls of the server's own kernels among the operations, which follow from these.
     """
 
     graph: fx.GraphModule
     arguments: list[TensorSpec]
+    kernels: PieceKernels | None
 
     def content(self) -> str:
         """Return a text that is the same for pieces that do the same."""
@@ -289,7 +293,8 @@ class _Splitter:
         for output, node in zip(outputs, kept, strict=True):
             graph.call_method("copy_", (output, copies[node]))
         graph.output(())
-        return Piece(fx.GraphModule({}, graph), specs), [*given, *kept]
+        kernels = kernels_inside(segment, given, self.rows)
+        return Piece(fx.GraphModule({}, graph), specs, kernels), [*given, *kept]
 
     def _whole(self, node: fx.Node) -> fx.Node:
         """Return the tensor of which a node is another shape, if it is made by the graph. A piece

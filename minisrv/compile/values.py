@@ -140,11 +140,59 @@ class AddNormCall(msgspec.Struct, frozen=True, tag=True):
 Call = PieceCall | AttentionCall | ProductCall | AddNormCall
 
 
+Size = tuple[int, int]
+"""A size, a stride or an offset by the rows of a step: what it is without rows, and what each row
+adds."""
+
+
+class Operand(msgspec.Struct, frozen=True):
+    """A tensor that a kernel is given inside of a piece.
+
+    argument: the index of the argument of the piece whose memory it is; None if the piece makes it.
+    offset: its first element, behind the first one of the argument, or of what the piece makes.
+    dtype: torch's name of its dtype.
+    """
+
+    argument: int | None
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    offset: Size
+    dtype: str
+
+
+class KernelCall(msgspec.Struct, frozen=True):
+    """The call of an op of the server's own kernels inside of a piece, as far as the launches
+    depend on it.
+
+    op: the name of the op, without the namespace.
+    operands: its tensors, in the order of its schema; None and lists stand where the op takes them.
+    settings: its other arguments.
+    """
+
+    op: str
+    operands: list[Operand | list[Operand] | None]
+    settings: dict[str, str | float | bool | None]
+
+
+class PieceKernels(msgspec.Struct, frozen=True):
+    """The calls of the server's own kernels inside of a piece, in their order.
+
+    rows: an argument of the piece, and the dimension of it that is the number of rows.
+    """
+
+    rows: tuple[int, int]
+    calls: list[KernelCall]
+
+
 class PieceFile(msgspec.Struct, frozen=True):
-    """The package of a piece: its key in the cache, and the digest of its content."""
+    """The package of a piece: its key in the cache, and the digest of its content.
+
+    kernels: None if it calls none of the server's own.
+    """
 
     key: str
     digest: str
+    kernels: PieceKernels | None = None
 
 
 class Description(msgspec.Struct, frozen=True):

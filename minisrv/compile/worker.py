@@ -311,7 +311,8 @@ def compile_model(
             return compile_piece(piece, job.max_rows, job.device, threads=job.threads, cxx=compiler)
 
         size = len(piece.arguments)
-        files[index] = keep_piece(keys[index], size, make, scratch, again=again)
+        file = keep_piece(keys[index], size, make, scratch, again=again)
+        files[index] = msgspec.structs.replace(file, kernels=piece.kernels)
 
     share(keys, scratch, make_piece, helps=helps)
     if not helps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,14 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from minisrv.compile import artifacts
 from minisrv.compile.program import LoadedPiece, Program, pieces_by_number
-from minisrv.compile.values import Description
 from minisrv.graph.cpu_tape import CPUTapeBackend
 from minisrv.graph.forward_context import ForwardContext, set_forward_context
 from minisrv.graph.wrapper import CUDAGraphWrapper
@@ -31,15 +27,6 @@ BATCHES = {1: [1], 2: [1, 1], 3: [3], 7: [1, 2, 4], 128: [32, 32, 32, 32]}
 """Numbers of tokens of the requests in a step, by their sum; 128 are the most."""
 
 Step = tuple[Tensor, Tensor, ForwardContext]
-
-
-def launches(*arguments: object) -> set[str]:
-    """Return the keys of the kernels that `launches.py` prints."""
-    script = Path(__file__).parents[1] / "engine" / "launches.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-    return set(json.loads(done.stdout))
 
 
 def step_of(driver: Driver, rows: int) -> Step:
@@ -163,24 +150,3 @@ found = {{"torch._inductor", "torch._dynamo", "triton", "sympy"}} & sys.modules.
 assert not found, found
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_kernels_of_a_program_are_known_before_its_first_step(
-    program: Compiled, tmp_path: Path
-):
-    """A GPU's kernels are compiled by other processes before requests would wait for them: those
-    that a program asks for are rehearsed with it, and the model's own code asks for others. The
-    program is one for a CPU, made into one for a GPU: it has other linear methods and dtypes."""
-    of_cpu = msgspec.msgpack.decode(artifacts.read_description(program.directory), type=Description)
-    text = msgspec.json.encode(of_cpu).replace(b"float32", b"bfloat16")
-    text = text.replace(b"OneDNNLinearMethod", b"TensorCoreLinearMethod")
-    described = msgspec.json.decode(text, type=Description)
-    assert described != of_cpu
-    kept = tmp_path / "program"
-    kept.mkdir()
-    artifacts.write_description(kept, msgspec.msgpack.encode(described))
-    how = program.job.directory, program.job.model.implementation, "full"
-    found = launches("rehearsed", *how, kept)
-    assert launches("made", *how, kept) == found
-    own = launches("rehearsed", *how)
-    assert (found == own) is (program.job.model.implementation == "minisrv")

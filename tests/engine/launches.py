@@ -5,8 +5,10 @@ It is a process of its own because Triton's interpreter, in which other tests ru
 GPU, compiles nothing, and because a process that has recorded launches nothing any more.
 Arguments: "rehearsed", for the launches that are rehearsed before a start, or "made", for those of
 the trials of a start-up and of steps with penalties, whose tensors have memory, that of the CPU;
-the checkpoint; the implementation of the model; the graph mode; the directory of a compiled program
-that computes the model, if there is one.
+the checkpoint; the implementation of the model; the graph mode; the directory of a program that
+computes the model, if one does. It is "made" first: the model is traced as on a GPU, what the
+pieces do is done by torch's operations and ops of the server, and its description is left in the
+directory.
 """
 
 # ruff: noqa: E402, the ops are defined by an import
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 H100 = (9, 0), 132
@@ -44,7 +47,10 @@ from minisrv.certification.compare import InitialState
 from minisrv.certification.rehearsal import with_changed_logits
 from minisrv.certification.trial import StepTrial, reserved_space
 from minisrv.checkpoint import describe_model
+from minisrv.compile import artifacts
 from minisrv.compile.program import Program
+from minisrv.compile.values import Description, PieceFile
+from minisrv.compile.worker import CompileJob
 from minisrv.config import EngineConfig
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.ladder import ladders_of
@@ -66,6 +72,10 @@ from minisrv.nn.loader import load_model
 from minisrv.runner import input_buffers
 from minisrv.runner.model_runner import ModelRunner
 
+if sys.argv[1] == "made":  # they import torch's compiler
+    from tests.compile.compiled import schedule_of
+    from tests.compile.interpreted import InterpretedPiece
+
 
 def job_of(
     directory: Path, implementation: str, mode: str, program: str | None = None, **changes: int
@@ -79,6 +89,23 @@ def job_of(
     return KernelJob(model, directory, "bfloat16", None, ladders, 16, GPU(*H100), kept)
 
 
+def make_program(job: KernelJob, directory: Path) -> tuple[Description, list[InterpretedPiece]]:
+    """Return the program of a model that its pieces compute without a compiler, and leave it in a
+    directory, where only the packages have nothing in them."""
+    model, rows = job.model, LIMITS["max_num_batched_tokens"]
+    schedule = schedule_of(
+        CompileJob(model, job.directory, job.dtype, job.quantization, "cpu", 1, rows)
+    )
+    files = []
+    for piece in schedule.pieces:
+        key = piece.digest("launches")
+        digest = artifacts.write_package(key, artifacts.Package([], b""))
+        files.append(PieceFile(key, digest, piece.kernels))
+    description = Description(rows, {}, files, schedule.calls)
+    artifacts.write_description(directory, msgspec.msgpack.encode(description))
+    return description, list(map(InterpretedPiece, schedule.pieces))
+
+
 def made(job: KernelJob) -> dict[str, Any]:
     """Return the kernels that the trials of a start-up launch."""
     assert job.gpu is not None
@@ -86,6 +113,7 @@ def made(job: KernelJob) -> dict[str, Any]:
         module.gpu_of = lambda device: job.gpu  # type: ignore[attr-defined]
     sys.modules[attention.__module__].attention_on_cpu = triton_attention.attention
     input_buffers.write_values = triton_step_inputs.write_values
+    traced = None if job.program is None else make_program(job, job.program)
     cpu, dtype, blocks = torch.device("cpu"), torch.bfloat16, 120
     with Recording(job.gpu) as recording, torch.no_grad():
         model = load_model(job.model, job.directory, dtype=dtype, load_format="dummy")
@@ -101,8 +129,8 @@ def made(job: KernelJob) -> dict[str, Any]:
             dtype=dtype,
             device=cpu,
         )
-        if job.program is not None:
-            model.compiled = Program.rehearsed(job.program, model)
+        if traced is not None:
+            model.compiled = Program(*traced, model)
         with reserved_space(runner, BlockPool(blocks, job.block_size)) as space:
             limits = space.limits(runner)
             largest = BatchDescriptor(job.ladders.max_num_batched_tokens)

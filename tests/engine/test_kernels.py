@@ -83,6 +83,24 @@ def test_the_kernels_that_are_rehearsed_are_those_that_launches_ask_for(
         assert made == rehearsed
 
 
+def test_the_kernels_of_a_program_are_known_before_its_first_step(tmp_path: Path) -> None:
+    """Other processes compile them before requests would wait for that: those that the program asks
+    for between its pieces, and those that it asks for within them, which were not known once, so
+    that one turn took a quarter of a second. The product of the first layer, whose argument the
+    compiler norms, is here so wide that no other one is computed by its kernel."""
+    wide = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3", dtype=torch.bfloat16, **wide)
+    program = tmp_path / "program"
+    program.mkdir()
+    how = checkpoint, "transformers", "full", program
+    made, rehearsed = (
+        set(json.loads(run("launches.py", what, *how, XDG_CACHE_HOME=str(tmp_path)).stdout))
+        for what in ("made", "rehearsed")
+    )
+    assert made
+    assert made == rehearsed
+
+
 def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     cache = tmp_path / "triton"

@@ -49,6 +49,15 @@ def _paths() -> list[str]:
         {"dtype": "bfloat16", "cudagraph_mode": "full-and-piecewise"},
         {"dtype": "bfloat16", "model_impl": "transformers", "compilation_mode": 0},
         {"dtype": "float32"},
+        {
+            "model": str(ROOT / "benchmarks/configs/qwen3-0.6b"),
+            "load_format": "dummy",
+            "model_impl": "transformers",
+            "compilation_mode": 3,
+            "compile_wait": True,
+            "max_model_len": 1024,
+            "kv_cache_memory": 2 << 30,
+        },
     ],
 )
 def test_this_process_compiles_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
