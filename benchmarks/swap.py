@@ -47,6 +47,9 @@ APART_S = 0.5
 PATIENCE_S = 900.0
 LARGEST = 12
 """Number of the largest gaps that are written down."""
+TOGETHER_S = 0.01
+"""Seconds between the ends of two gaps from which on they are two: one turn between steps makes all
+streams wait."""
 
 WITHOUT = "without"
 """The phase of the server that does not compile."""
@@ -228,9 +231,21 @@ def summary(records: list[RequestRecord], phases: Phases) -> dict[str, Any]:
         },
         "largest": [
             {"ms": round(1000 * gap, 1), "at_s": round(at - start, 2), "phase": phases.at(at)}
-            for gap, at in sorted(gaps, reverse=True)[:LARGEST]
+            for gap, at in largest(gaps)
         ],
     }
+
+
+def largest(gaps: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the largest gaps in seconds, each with its end, beginning with the largest. Of those
+    that end together one is returned."""
+    found: list[tuple[float, float]] = []
+    for gap, at in sorted(gaps, reverse=True):
+        if len(found) == LARGEST:
+            break
+        if all(abs(at - other) > TOGETHER_S for _, other in found):
+            found.append((gap, at))
+    return found
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -25,3 +25,11 @@ def test_a_gap_belongs_to_the_phase_in_which_it_ends(monkeypatch: pytest.MonkeyP
     most = {phase: (itl["tokens"], itl["max"]) for phase, itl in found["itl_ms"].items()}
     assert most == {"compiling": (1, 1000), "certifying": (2, 750), "compiled": (1, 1750)}
     assert found["largest"][0] == {"ms": 1750, "at_s": 4, "phase": "compiled"}
+
+
+def test_streams_that_wait_together_are_one_gap() -> None:
+    """One turn once took all places among the largest, and the others were not known."""
+    waits = [(0.24, 51.77 + 0.0001 * stream) for stream in range(16)] + [(0.02, 40.0), (0.03, 60.0)]
+    assert [gap for gap, _ in swap.largest(waits)] == [0.24, 0.03, 0.02]
+    apart = [(0.001 * number, float(number)) for number in range(30)]
+    assert len(swap.largest(apart)) == swap.LARGEST
