@@ -69,30 +69,31 @@ def certify(
     trial: Trial,
     graph: Callable[[], CapturedGraph],
     *,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[str], None] = lambda part: None,
 ) -> CapturedGraph:
     """Compare a graph with the eager run of the trial's step, and return the graph.
 
     graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
         it may leave any values in the buffers and in the null block.
-    between: is called between the runs, and between a run and each look at what it has left.
+    between: is called before each run and each look at what it has left, with these words.
 
     Raises CertificationError for any difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
+    between("the eager run")
     trial.reset(InitialState.CLEAN)
     trial.run(None)
-    between()
+    between("the results of the eager run")
     reference = trial.observe()
-    between()
+    between("what the eager run has changed")
     _check_no_unexpected_writes(trial, "the eager run")
     for name, value in reference.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CertificationError(f"{trial.name}: the eager run's {name} is not finite.")
-    between()
+    between("the capture")
     candidate = graph()
     for initial_state in trial.initial_states:
-        between()
+        between(f"the replay {initial_state.value}")
         try:
             trial.reset(initial_state, candidate)
             trial.run(candidate)
@@ -100,9 +101,9 @@ def certify(
             raise CertificationError(
                 f"{trial.name}: the replay {initial_state.value} failed: {error}"
             ) from error
-        between()
+        between(f"the results of the replay {initial_state.value}")
         _compare(trial.name, reference, trial.observe(), initial_state)
-        between()
+        between(f"what the replay {initial_state.value} has changed")
         _check_no_unexpected_writes(trial, f"the replay {initial_state.value}")
     return candidate
 

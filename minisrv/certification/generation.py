@@ -78,6 +78,9 @@ class Turn(Protocol):
     def is_over(self) -> bool:
         """Whether the work has lasted long enough to make way."""
 
+    def begin_part(self, part: str) -> None:
+        """Say in words what is done from here on, for those who look for what took long."""
+
     def make_way(self) -> None:
         """Let steps of requests run, and return when the next turn begins."""
 
@@ -90,6 +93,9 @@ class Always:
 
     is_over = False
     spare_blocks = 0
+
+    def begin_part(self, part: str) -> None:
+        """See `Turn`."""
 
     def make_way(self) -> None:
         """See `Turn`."""
@@ -147,7 +153,7 @@ def _add_graph(runner: ModelRunner, trial: StepTrial, generation: Generation, tu
         Visit(runner, trial, generation, turn) as visit,
         nullcontext() if visit.shares_memory else generation.backend.interrupted(visit.make_way),
     ):
-        graph = certify(trial, partial(runner.capture, trial.key), between=visit.make_way)
+        graph = certify(trial, partial(runner.capture, trial.key), between=visit.go_on_with)
         runner.install(trial.key, graph)
 
 
@@ -180,9 +186,11 @@ def _compare_code(
 ) -> None:
     """Compare the eager run of the new generation with the one of the old. Raises
     CertificationError."""
-    with Visit(runner, trial, old, turn):
+    with Visit(runner, trial, old, turn) as visit:
+        visit.go_on_with("the eager run of the code in service")
         expected = _log_probabilities(trial)
-    with Visit(runner, trial, new, turn):
+    with Visit(runner, trial, new, turn) as visit:
+        visit.go_on_with("the eager run of the new code")
         found = _log_probabilities(trial)
     dtype = runner.buffers.hidden.dtype
     if dtype is torch.float32:
@@ -251,6 +259,7 @@ def _time(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: T
     not quite that by which they have delayed the trial."""
     for _ in range(2):
         with Visit(runner, trial, generation, turn) as visit:
+            turn.begin_part(f"{trial.name}: a run that is timed")  # and makes no way before it
             ms = trial.time(runner.graphs.get(trial.key)) - 1000 * visit.seconds_away
         if not visit.seconds_away:
             break
@@ -268,6 +277,7 @@ def _borrowed_space(
     """Borrow blocks for a trial of a graph for the block; wait until there are any. Requests come
     first: one that needs all blocks could be admitted between two trials only."""
     turn.make_way()
+    turn.begin_part(f"the preparation of a trial of {key[0].name} {key[1].num_tokens}")
     while (space := borrow_space(runner, pool, key, make_batch, turn.spare_blocks)) is None:
         turn.wait()
     try:
@@ -315,6 +325,7 @@ class Visit(StepObserver):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._turn.begin_part(f"{self._trial.name}: the end of the trial")
         self._trial.clear()
         self._here.close()
         self._observers = []  # a circle of references would keep the generation
@@ -344,6 +355,11 @@ class Visit(StepObserver):
             self._come()
         self._trial.resume(*memory)
         self.seconds_away += time.perf_counter() - began
+
+    def go_on_with(self, part: str) -> None:
+        """Let steps of requests run if the turn is over, and say what comes next."""
+        self.make_way()
+        self._turn.begin_part(f"{self._trial.name}: {part}")
 
     def _come(self) -> None:
         self._here.enter_context(_observed_by(self._observers, self._runner))

@@ -180,7 +180,7 @@ class ShadowTrial(BufferedTrial):
     def __init__(self, runner: ModelRunner, space: TrialSpace, record: StepRecord) -> None:
         device = runner.kv_caches[0].device
         own = np.array(space.req_indices[: len(record.rows)], np.int64)
-        super().__init__(runner, space, record.stages[0][0], to_device(own, device))
+        super().__init__(record.name, runner, space, record.stages[0][0], to_device(own, device))
         self._record = record
         self.results: dict[str, Tensor] = {}
         free = iter(space.blocks)

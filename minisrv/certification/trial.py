@@ -131,6 +131,7 @@ class BufferedTrial:
     """A step on the runner's own buffers and on request indices that no request has. It can make
     way for steps of requests in the middle of a run.
 
+    name: the step, in words.
     space: the request indices, and blocks that no request has.
     req_indices: [R] int64, those of the step's rows.
     key: the mode and the padded shape of the stage that the trial is about.
@@ -138,8 +139,9 @@ class BufferedTrial:
     """
 
     def __init__(
-        self, runner: ModelRunner, space: TrialSpace, key: GraphKey, req_indices: Tensor
+        self, name: str, runner: ModelRunner, space: TrialSpace, key: GraphKey, req_indices: Tensor
     ) -> None:
+        self.name = name
         self.runner = runner
         self.space = space
         self.key = key
@@ -240,7 +242,7 @@ class StepTrial(BufferedTrial):
     ) -> None:
         mode, descriptor = key
         alone = " alone" if descriptor.stage is Stage.EPILOGUE else ""
-        self.name = f"{mode.name} {descriptor.num_tokens} {descriptor.output.name}{alone}"
+        name = f"{mode.name} {descriptor.num_tokens} {descriptor.output.name}{alone}"
         self.initial_states: Sequence[InitialState] = [
             state for state in InitialState if full_batch_trial or state is not InitialState.STALE
         ]
@@ -256,7 +258,7 @@ class StepTrial(BufferedTrial):
         ends = {row.req_index: row.num_computed_tokens + row.num_tokens for row in self.output.rows}
         starts = {row.req_index: row.num_computed_tokens for row in self.output.rows}
         req_indices = torch.tensor([*starts.keys()], dtype=torch.int64, device=device)
-        super().__init__(runner, space, key, req_indices)
+        super().__init__(name, runner, space, key, req_indices)
         self.next_position = torch.tensor([*starts.values()], dtype=torch.int64, device=device)
         self.live_positions = self._positions(dict.fromkeys(ends, 0), ends)
         written = self._positions(starts, ends)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from minisrv.turns import MakeWay, in_turns
 
@@ -31,8 +31,21 @@ LEAST_GAP = 0.02
 REST = 4.0
 """How many times as long as a turn the steps of requests run behind it, at least."""
 
+LONGEST = 3
+"""Number of the longest turns that are told."""
+
+UNNAMED = "unnamed work"
+"""The part of a turn in which a work has not said what it does."""
+
 Work = Generator[bool, None, None]
 """Work that yields at the end of each turn, and says whether another work may have the next one."""
+
+
+class LongTurn(NamedTuple):
+    """A turn that has made requests wait: for how long, and the part of it that took longest."""
+
+    seconds: float
+    part: str
 
 
 class Turn:
@@ -41,14 +54,37 @@ class Turn:
     ends: the time at which it is over.
     waits: whether the last one ended because there was nothing to do.
     spare_blocks: see `certification.generation.Turn`.
+    longest_part: what took longest of it, when it has ended.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.ends = math.inf
         self.waits = False
         self.spare_blocks = 0
+        self.longest_part = self._part = UNNAMED
+        self._part_began = self._longest = 0.0
         self._clock = clock
         self._make_way: MakeWay | None = None
+
+    def begin(self, ends: float) -> None:
+        """Begin a turn, which goes on with the part that the last one was left in.
+
+        ends: the time at which it is over.
+        """
+        self.ends, self._part_began = ends, self._clock()
+        self.longest_part, self._longest = self._part, 0.0
+
+    def begin_part(self, part: str) -> None:
+        """See `certification.generation.Turn`."""
+        now = self._clock()
+        took = now - self._part_began
+        if took > self._longest:
+            self.longest_part, self._longest = self._part, took
+        self._part, self._part_began = part, now
+
+    def end(self) -> None:
+        """End the turn."""
+        self.begin_part(self._part)
 
     @property
     def is_over(self) -> bool:
@@ -98,14 +134,16 @@ class Background:
     turn: the turn that the works share.
     busy: whether requests run, or wait for a verification, whose steps wait for the turn that began
         last.
-    longest_turn: the longest time in seconds for which a turn has made requests wait.
+    longest_turns: the longest of the turns that have made requests wait, each with another part,
+        beginning with the longest.
     idle_turn: the duration of the last turn if none ran; 0 if requests ran, or it is counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.turn = Turn(clock)
         self.busy = False
-        self.longest_turn = self.idle_turn = 0.0
+        self.longest_turns: list[LongTurn] = []
+        self.idle_turn = 0.0
         self._clock = clock
         self._works: list[Work] = []
         self._unfinished: Work | None = None
@@ -150,14 +188,30 @@ class Background:
 
     def count_turn(self) -> None:
         """Count the last turn as one that has made requests wait."""
-        self.longest_turn = max(self.longest_turn, self.idle_turn)
+        turn = LongTurn(self.idle_turn, self.turn.longest_part)
+        found: dict[str, LongTurn] = {}
+        for one in sorted([*self.longest_turns, turn], reverse=True):
+            found.setdefault(one.part, one)
+        self.longest_turns = list(found.values())[:LONGEST]
         self.idle_turn = 0.0
+
+    @property
+    def longest_turn(self) -> float:
+        """The longest time in seconds for which a turn has made requests wait."""
+        return self.longest_turns[0].seconds if self.longest_turns else 0.0
+
+    def describe_longest(self) -> str:
+        """Return in words what the longest turns did; an empty text if requests waited for none."""
+        turns = (f"{1000 * turn.seconds:.0f} ms ({turn.part})" for turn in self.longest_turns)
+        return ", ".join(turns)
 
     def go_on(self, ends: float) -> None:
         """Go on with a work until it makes way, which it does after the time `ends`. If it waits
         for something or ends, the next one has the turn."""
-        self.turn.ends = ends
+        self.turn.begin(ends)
         for work in sorted(self._works, key=lambda work: work is not self._unfinished):
+            if work is not self._unfinished:
+                self.turn.begin_part(UNNAMED)
             self.turn.waits = False
             self._unfinished = None
             try:
@@ -167,7 +221,8 @@ class Background:
                 self._works.remove(work)
                 continue  # or nobody would know whether the others wait
             if self._unfinished or not self.turn.waits:
-                return
+                break
+        self.turn.end()
 
     def close(self) -> None:
         """End all works where they are."""

@@ -190,6 +190,8 @@ class Compilation:
         self._on_progress: CaptureProgress = lambda done, total: None
         self._is_awaited = False
         self._is_under_way = False
+        self.program: Path | None = None
+        """The directory of the program that serves; None while the model's own code does."""
         self.report = CompilationReport()
         """The generation that serves, and why. A change replaces it."""
         if compiler is not None:
@@ -273,6 +275,7 @@ class Compilation:
     def _compile(self, compiler: Compiler) -> Work:
         """Compile in another process, and bring what it makes into service."""
         self._began = self._clock()
+        self._turn.begin_part("the start of the compiler")
         with _refused_as(Refusal.COMPILE):
             process = compiler.start()
             try:
@@ -285,6 +288,7 @@ class Compilation:
             finally:
                 process.close()
         self._lap("compile")
+        self._turn.begin_part("the start of the processes that compile kernels")
         with _refused_as(Refusal.COMPILE):
             yield from compiled_kernels(self._compile_kernels(found), self._turn)
         self._lap("kernels")
@@ -304,10 +308,10 @@ class Compilation:
             timed = () if self._is_awaited else self._timed()
             times = yield from turn.take(partial(time_generation, runner, pool, new, timed, turn))
         self._lap("certify")
-        yield from self._serve(new, times)
+        yield from self._serve(found, new, times)
         logger.info("steps by compiled code are %.2f times as fast", speedup)
-        if longest := self._background.longest_turn:
-            logger.info("a turn between steps made requests wait %.0f ms at most", 1000 * longest)
+        if longest := self._background.describe_longest():
+            logger.info("turns between steps made requests wait %s at most", longest)
 
     def _enter_cached(
         self, compiler: Compiler, keys: Collection[GraphKey], on_progress: CaptureProgress
@@ -339,12 +343,13 @@ class Compilation:
                 runner, pool, new, keys, compared, turn, lambda done: on_progress(done, total)
             )
         self._lap("certify")
-        yield from self._serve(new, {})  # all graphs of a start-up are measured behind this
+        yield from self._serve(found, new, {})  # all graphs of a start-up are measured behind this
 
     def _load(self, compiler: Compiler, directory: Path) -> Generator[bool, None, Generation]:
         """Load a program, and return its generation, which has no graphs yet."""
         self._tell(state=CompilationState.CERTIFYING)
         self._began = self._clock()
+        self._turn.begin_part("the load of compiled code")
         with _refused_as(Refusal.LOAD):
             load = partial(compiler.load, directory, self._turn.offer)
             program = yield from self._turn.take(load)
@@ -362,14 +367,17 @@ class Compilation:
             compiler.discard(directory)
             raise
 
-    def _serve(self, new: Generation, times: Mapping[GraphKey, StepTime]) -> Work:
+    def _serve(self, directory: Path, new: Generation, times: Mapping[GraphKey, StepTime]) -> Work:
         """Put a generation into service in place of the other one, and free that one.
 
+        directory: that of its program.
         times: the durations of its graphs; empty if they were not measured.
         """
+        self._turn.begin_part("the swap of two generations")
         with _refused_as(Refusal.SWAP):
             # If this fails, nothing follows times of other code.
             old = take_over(self._runner, new, lambda: self._use_times(times) if times else None)
+        self.program = directory
         self._tell(
             state=CompilationState.COMPILED,
             generation=self.report.generation + 1,

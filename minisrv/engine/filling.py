@@ -230,14 +230,14 @@ class LadderFilling:
 
     def _tell_end(self) -> None:
         self.report = self._describe()
-        report, longest = self.report, self._background.longest_turn
+        report, longest = self.report, self._background.describe_longest()
         logger.info(
             "%d of %d graphs serve, %d of them captured while serving in %.1f s%s",
             report.graphs,
             report.total,
             report.graphs - self._num_at_start,
             time.monotonic() - self._began,
-            f"; a turn made requests wait {1000 * longest:.0f} ms at most" if longest else "",
+            f"; turns between steps made requests wait {longest} at most" if longest else "",
         )
 
 

@@ -80,6 +80,7 @@ def freed(old: Generation, turn: Turn, release: Callable[[], None]) -> Work:
 
     release: returns memory that nobody uses any more to the device.
     """
+    turn.begin_part("the end of a generation")
     for graphs in old.graphs:
         while graphs:
             graphs.popitem()  # a graph of many operations takes a while to be freed

@@ -196,6 +196,7 @@ class LadderRefit:
         self._recent = seen.plus(self._seen, -1.0).plus(self._recent, KEPT)
         self._seen = seen
         runner, turn, costs = self._runner, self._turn, self._costs
+        turn.begin_part("the fit of capture sizes")
         look = partial(
             propose, runner.ladders, self._recent, costs.price, self._most_graphs, turn.offer
         )

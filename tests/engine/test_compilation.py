@@ -737,6 +737,9 @@ class AlwaysOver:
         self.make_way = between
         self.waits = 0
 
+    def begin_part(self, part: str) -> None:
+        pass
+
     def wait(self) -> None:
         self.waits += 1
         self.make_way()
@@ -947,6 +950,37 @@ def test_a_turn_ends_when_its_time_is_over(checkpoint, monkeypatch):
         assert len(done) == 3 * turn
     turns.advance(busy=True)
     assert not work.is_under_way
+
+
+def test_the_longest_turns_are_told_with_what_took_longest_of_them():
+    now = [0.0]
+    turns = Background(clock=lambda: now[0])
+
+    def work() -> Generator[bool, None, None]:
+        for part, seconds in (("a", 0.1), ("b", 0.3), ("a", 0.2), ("c", 0.05), ("d", 0.01)):
+            now[0] += 0.001  # the part that the last turn was left in
+            turns.turn.begin_part(part)
+            now[0] += seconds
+            yield False
+
+    turns.add(work())
+    assert turns.describe_longest() == ""
+    for _ in range(5):
+        turns.advance(busy=True)
+    assert turns.describe_longest() == "301 ms (b), 201 ms (a), 51 ms (c)"
+    assert turns.longest_turn == pytest.approx(0.301)
+
+
+def test_what_the_longest_turns_of_a_swap_did_is_told(checkpoint, caplog):
+    """It was once found by reading what had made requests wait for a quarter of a second. Behind
+    the swap, kernels for other ladders are those of the program."""
+    engine = start(checkpoint, FakeCompiler())
+    assert engine.compilation.program is None
+    with caplog.at_level(logging.INFO, logger="minisrv"):
+        serve(engine)
+    assert engine.compilation.program == MADE
+    [line] = [record.message for record in caplog.records if "requests wait" in record.message]
+    assert re.search(r"wait \d+ ms \((FULL|PIECEWISE|NONE|the) ", line), line
 
 
 def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
