@@ -306,7 +306,9 @@ def build_engine(
                 compilation,
                 batches,
                 platform.make_backend,
-                lambda ladders: compiled_meanwhile(replace(kernels, ladders=ladders)),
+                lambda ladders: compiled_meanwhile(
+                    replace(kernels, ladders=ladders, program=compilation.program)
+                ),
                 applies=config.cudagraph_refit == "apply",
                 has_room=has_room,
                 release=platform.release,
