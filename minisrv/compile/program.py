@@ -264,13 +264,13 @@ class Program(Compiled):
             self._calls.append((_piece(piece), read, written))
         for _, read, written in self._calls:
             for value in (*read, *written):
-                self._bind(value)
                 between()
+                self._bind(value)
         for done in self._preparations.values():
             for source in (done.q_norm, done.k_norm, done.rotation):
                 if source is not None:
-                    self._bind(source)
                     between()
+                    self._bind(source)
 
     @classmethod
     def load(
@@ -280,8 +280,8 @@ class Program(Compiled):
         buffers are allocated. None, with the reason in the log, if anything of it is not there, not
         trusted, or damaged; no compiler is imported.
 
-        between: is called between packages, and between weights, where the caller may do something
-            else that does not use them.
+        between: is called before each package, and before each weight, where the caller may do
+            something else that does not use them.
 
         Raises CrashError if an engine has ended while it tried a package of the program.
         """
@@ -299,9 +299,9 @@ class Program(Compiled):
         # Nothing is loaded before all of it has been checked.
         pieces = []
         for index, (package, size) in enumerate(zip(packages, _sizes(description), strict=True)):
+            between()
             tried = partial(artifacts.tried, description.pieces[index].key)
             pieces.append(LoadedPiece(package, size, tried))
-            between()
         program = cls(description, pieces, model, between)
         logger.info("loaded %s", program.summary)
         return program
