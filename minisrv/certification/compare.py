@@ -75,13 +75,14 @@ def certify(
 
     graph: returns the graph. It is called after the eager run, which is the warm-up for a capture;
         it may leave any values in the buffers and in the null block.
-    between: is called before each run and each look at what it has left, with these words.
+    between: is called before each run and each look at what it has left, with these words. The
+        trial has been reset once by then.
 
     Raises CertificationError for any difference, for a run that changes what it must not, for
     values of the eager run that are not finite, and for a replay that fails.
     """
-    between("the eager run")
     trial.reset(InitialState.CLEAN)
+    between("the eager run")
     trial.run(None)
     between("the results of the eager run")
     reference = trial.observe()

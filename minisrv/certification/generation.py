@@ -186,11 +186,11 @@ def _compare_code(
 ) -> None:
     """Compare the eager run of the new generation with the one of the old. Raises
     CertificationError."""
-    with Visit(runner, trial, old, turn) as visit:
-        visit.go_on_with("the eager run of the code in service")
+    with Visit(runner, trial, old, turn):
+        turn.begin_part(f"{trial.name}: the eager run of the code in service")
         expected = _log_probabilities(trial)
-    with Visit(runner, trial, new, turn) as visit:
-        visit.go_on_with("the eager run of the new code")
+    with Visit(runner, trial, new, turn):
+        turn.begin_part(f"{trial.name}: the eager run of the new code")
         found = _log_probabilities(trial)
     dtype = runner.buffers.hidden.dtype
     if dtype is torch.float32:

@@ -416,6 +416,24 @@ def test_keys_and_values_that_are_wrong_without_changing_a_result(checkpoint, br
             trial.clear()
 
 
+@pytest.mark.parametrize("mode", ["full-decode-only", "full-and-piecewise"])
+def test_steps_of_requests_may_run_between_all_parts_of_a_certification(checkpoint, mode):
+    engine, parts = start(checkpoint, mode), []
+    runner = engine.runner
+    for key in runner.ladders.keys():  # noqa: SIM118  (no mapping)
+        with reserved_space(runner, engine.scheduler.block_pool) as space:
+            trial = StepTrial(runner, space, key, short_batch(key[1], space.limits(runner)))
+
+            def make_way(part, trial=trial):
+                parts.append(part)
+                trial.suspend()
+                trial.resume()
+
+            certify(trial, lambda key=key: runner.graphs[key], between=make_way)
+            trial.clear()
+    assert {"the eager run", "the capture", "the results of the eager run"} < {*parts}
+
+
 class LargestTensor(TorchDispatchMode):
     """Takes note of the bytes of the largest tensor that an operation makes."""
 
