@@ -266,6 +266,7 @@ def verify_step(
     """
     trial = ShadowTrial(runner, TrialSpace.of(runner, blocks), record)
     with Visit(runner, trial, Generation.in_service(runner), turn):
+        turn.begin_part(f"{trial.name}: the eager run of a step that is verified")
         trial.prepare()
         trial.run()
     replayed = [key for key, graph in record.stages if graph is not None]

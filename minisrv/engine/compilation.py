@@ -288,7 +288,6 @@ class Compilation:
             finally:
                 process.close()
         self._lap("compile")
-        self._turn.begin_part("the start of the processes that compile kernels")
         with _refused_as(Refusal.COMPILE):
             yield from compiled_kernels(self._compile_kernels(found), self._turn)
         self._lap("kernels")

@@ -66,6 +66,7 @@ def compiled_kernels(
     make requests wait for seconds."""
     with closing(compiling):
         while True:
+            turn.begin_part("the processes that compile kernels")
             try:
                 next(compiling)
             except StopIteration as stop:

@@ -140,6 +140,8 @@ def compiled_meanwhile(job: KernelJob) -> Generator[None, None, str]:
     try:
         while (found := process.poll(lambda done, total: None)) is None:
             yield
+        while not process.is_gone():
+            yield
     finally:
         process.close()
     _tell(job, found)

@@ -201,9 +201,17 @@ def test_a_start_goes_on_where_nothing_can_be_compiled(
 
 
 def test_kernels_are_compiled_while_an_engine_serves(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine goes on meanwhile, and is told of a failure. A CPU needs no process."""
+    """The engine goes on meanwhile, also while the process ends, and is told of a failure. A CPU
+    needs no process."""
+    close = KernelProcess.close
+
+    def close_at_once(process: KernelProcess) -> None:
+        assert process._process.exit_status is not None, "requests would wait for its end"
+        close(process)
+
+    monkeypatch.setattr(KernelProcess, "close", close_at_once)
     whys: list[str] = []
 
     def turns() -> Iterator[None]:
