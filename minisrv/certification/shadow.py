@@ -27,7 +27,7 @@ from minisrv.certification.digest import digest_
 from minisrv.certification.generation import Turn, Visit
 from minisrv.certification.trial import BufferedTrial, TrialSpace, true_of
 from minisrv.core.kv_cache import BlockPool
-from minisrv.core.step import SchedulerOutput, unscheduled_id
+from minisrv.core.step import ScheduledRow, SchedulerOutput, unscheduled_id
 from minisrv.graph.captured import CapturedGraph
 from minisrv.modes import CUDAGraphMode, GraphKey, Stage, StageOutput
 from minisrv.runner.generation import Generation
@@ -83,7 +83,7 @@ class StepRecord:
         for row in self.rows:
             start, end = row.num_computed_tokens, row.num_computed_tokens + row.num_tokens
             table = tables[row.req_index]
-            written = range(start // size, (end - 1) // size + 1)
+            written = written_blocks(row, size)
             self.blocks[row.req_index] = [(index, table[index]) for index in written]
             positions = np.arange(start, end)
             entries.append(np.array(table, np.int64)[positions // size] * size + positions % size)
@@ -251,9 +251,17 @@ class ShadowTrial(BufferedTrial):
         self.results |= final_results(runner, stages[-1], self.req_indices)
 
 
-def needed_blocks(record: StepRecord) -> int:
-    """Return the number of free blocks that the verification of a step takes."""
-    return len({block for pairs in record.blocks.values() for _, block in pairs})
+def num_written_blocks(output: SchedulerOutput, block_size: int) -> int:
+    """Return the number of blocks to which a step writes, which is that of the free blocks that its
+    verification takes."""
+    return sum(len(written_blocks(row, block_size)) for row in output.rows)
+
+
+def written_blocks(row: ScheduledRow, block_size: int) -> range:
+    """Return the indices, in the block table of its request, of the blocks to which a row
+    writes. No other row writes to them."""
+    start, end = row.num_computed_tokens, row.num_computed_tokens + row.num_tokens
+    return range(start // block_size, (end - 1) // block_size + 1)
 
 
 def verify_step(
@@ -262,7 +270,7 @@ def verify_step(
     """Run a recorded step again eagerly, in turns with the steps of requests, and return where the
     two differ; None if they do not.
 
-    blocks: as many free blocks as `needed_blocks` says.
+    blocks: those that `take_blocks` has taken.
     """
     trial = ShadowTrial(runner, TrialSpace.of(runner, blocks), record)
     with Visit(runner, trial, Generation.in_service(runner), turn):
@@ -281,14 +289,10 @@ def verify_step(
     return Disagreement(at_fault or replayed, what)
 
 
-def take_blocks(pool: BlockPool, record: StepRecord, spare: int) -> list[int]:
-    """Take the free blocks that the verification of a step needs; none if there are too few.
-    `BlockPool.give_back` takes them back.
-
-    spare: the number of blocks that stay free.
-    """
-    needed = needed_blocks(record)
-    if needed > pool.num_free - spare:
-        return []
+def take_blocks(pool: BlockPool, record: StepRecord) -> list[int]:
+    """Take the free blocks that the verification of a step needs. `BlockPool.give_back` takes them
+    back. Since the step was launched, no other has been, so none is missing that was free then."""
+    needed = num_written_blocks(record.output, pool.block_size)
+    assert needed <= pool.num_free, "there were as many when the step was launched"
     blocks = pool.reserve(needed)
     return sorted([*blocks, *pool.evict(needed - len(blocks))])

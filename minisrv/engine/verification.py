@@ -26,7 +26,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-from minisrv.certification.shadow import StepRecord, take_blocks, verify_step
+from minisrv.certification.shadow import (
+    StepRecord,
+    num_written_blocks,
+    take_blocks,
+    verify_step,
+)
 from minisrv.core.scheduler import Scheduler
 from minisrv.core.step import SchedulerOutput
 from minisrv.engine.background import Background, Work
@@ -43,14 +48,16 @@ half of them are of its own rows. They are drawn anew for each step."""
 
 AGREED, DISAGREED, SKIPPED, FAILED = "agreed", "disagreed", "skipped", "failed"
 """What can become of the verification of a step: the eager run gave the same, or not; there were
-too few free blocks for it; or it failed, as for lack of memory."""
+too few free blocks for it, so that a later step is verified in its place; or it failed, as for lack
+of memory."""
 
 
 class Verification:
     """Verifies steps of one engine. No error of it ends the engine.
 
     No step is recorded while other work between steps has something to do, such as the rest of the
-    ladder, or while the step before it that was recorded is being verified.
+    ladder, or while the step before it that was recorded is being verified, or without free blocks
+    for its copies. The first step behind it that can be is recorded in place of one that was drawn.
 
     rate: the share of the steps that run by graphs which are verified, from 0 to 1.
     quarantine: is called with the key of a graph that is to be taken out of service, and why.
@@ -126,11 +133,22 @@ class Verification:
         is_replayed = key[0] is not CUDAGraphMode.NONE or bool(self._runner.epilogue_step.graphs)
         if not is_replayed or key[1].stage is not Stage.MODEL or output.step_id < 0:
             return False
-        self._is_due = self._is_due or self._draw.random() < self._rate
+        is_drawn = self._draw.random() < self._rate
+        self._is_due |= is_drawn
         if not self._is_due or self._record is not None or self._is_background_busy:
+            return False
+        if not self._has_blocks(output):
+            if is_drawn:
+                self._count(SKIPPED)
             return False
         self._is_due = False
         return True
+
+    def _has_blocks(self, output: SchedulerOutput) -> bool:
+        """Whether there are free blocks for the copies of a step, and one that stays free for each
+        running request."""
+        pool, running = self._scheduler.block_pool, self._scheduler.running
+        return num_written_blocks(output, pool.block_size) <= pool.num_free - len(running)
 
     @property
     def _is_background_busy(self) -> bool:
@@ -151,11 +169,8 @@ class Verification:
 
     def _verify(self, record: StepRecord) -> Work:
         turn, pool = self._background.turn, self._scheduler.block_pool
-        blocks = take_blocks(pool, record, turn.spare_blocks)
+        blocks = take_blocks(pool, record)
         try:
-            if not blocks:
-                self._count(SKIPPED)
-                return
             verify = partial(verify_step, self._runner, blocks, record, turn)
             found = yield from turn.take(verify)
             if found is None:

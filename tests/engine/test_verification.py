@@ -246,6 +246,19 @@ def test_without_free_blocks_a_step_is_not_verified(checkpoint: str) -> None:
     assert engine.scheduler.num_preemptions == 0
 
 
+def test_a_step_for_which_there_are_blocks_is_verified_in_place_of_one_without(
+    checkpoint: str,
+) -> None:
+    """One step is drawn, the first, where the prompts leave too few blocks."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=0.5, num_kv_blocks=9, max_num_seqs=2)
+    drawn = iter([0.0])
+    engine.verification._draw.random = lambda: next(drawn, 0.9)  # type: ignore[method-assign]
+    prompts = [[*range(10, 24)], [*range(24, 31)]]
+    _, errors = run(engine, [request("0", prompts[0], 2), request("1", prompts[1], 9)])
+    assert not errors
+    assert engine.verification.counts == {"skipped": 1, "agreed": 1}
+
+
 @pytest.mark.parametrize(
     "where",
     [
