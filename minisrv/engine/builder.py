@@ -46,6 +46,7 @@ from minisrv.engine.step_costs import StepCosts
 from minisrv.engine.step_trace import StepTrace
 from minisrv.engine.verification import Verification
 from minisrv.errors import ConfigError, CrashError
+from minisrv.graph.captured import CapturedGraph
 from minisrv.kernels.gpu import gpu_of
 from minisrv.machine import missing_to_compile
 from minisrv.model_config import ModelConfig
@@ -266,6 +267,13 @@ def build_engine(
             chooses_graphs=platform.times_graphs,
         )
         background = Background()
+        withdrawn: list[CapturedGraph] = []
+
+        def release() -> None:
+            """Free what is left of a generation that serves no more."""
+            withdrawn.clear()
+            platform.release()
+
         compilation = Compilation(
             background,
             compiler,
@@ -273,7 +281,7 @@ def build_engine(
             pool,
             platform.make_backend,
             compile_kernels=lambda program: compiled_meanwhile(replace(kernels, program=program)),
-            release=platform.release,
+            release=release,
             timed=costs.timed_keys,
             use_times=costs.use_times,
             has_room=generations > 1 or memory.graph_bytes is None,
@@ -294,7 +302,7 @@ def build_engine(
         costs.measure(runner, pool, config.kind.long_context)
         platform.check_plan(config, memory, shape, runner)
         has_room = partial(platform.has_room, config, memory)
-        filling = LadderFilling(background, runner, pool, costs, has_room)
+        filling = LadderFilling(background, runner, pool, costs, has_room, withdrawn)
         batches = BatchCounter()
         if config.cudagraph_refit != "off" and ladders.keys():
             refit = LadderRefit(
@@ -311,7 +319,7 @@ def build_engine(
                 ),
                 applies=config.cudagraph_refit == "apply",
                 has_room=has_room,
-                release=platform.release,
+                release=release,
             )
             background.add(refit.work())
     config = replace(config, itl_target_ms=costs.itl_target_ms)

@@ -52,6 +52,7 @@ class LadderFilling:
     pool: the blocks of the runner's cache.
     costs: is told of each graph, with the time of a step by it.
     has_room: whether one more graph may take that many bytes.
+    withdrawn: keeps the graphs that are taken out of service, as long as their generation serves.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LadderFilling:
         pool: BlockPool,
         costs: StepCosts,
         has_room: Callable[[int], bool],
+        withdrawn: list[CapturedGraph],
     ) -> None:
         self._background = background
         self._runner = runner
@@ -70,7 +72,7 @@ class LadderFilling:
         self._refused: dict[str, str] = {}
         self._refit = RefitReport()
         self._quarantined: dict[GraphKey, str] = {}
-        self._withdrawn: list[CapturedGraph] = []
+        self._withdrawn = withdrawn
         self._stopped = ""
         self._paused_at = -math.inf
         self._num_at_start = len(runner.graphs)

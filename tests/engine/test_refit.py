@@ -378,15 +378,21 @@ def test_kernels_are_compiled_before_other_graphs_are_captured(
 def test_a_graph_that_was_quarantined_does_not_come_back(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the old one goes with its generation, whose memory it would keep."""
     use_imagined_times(monkeypatch, lambda size: 1.0 + size)
     engine = start(checkpoint, cudagraph_refit="apply", itl_target_ms=1000.0)
     fill(engine)
     gone, bad = (
         (CUDAGraphMode.FULL, decode_descriptor(size, StageOutput.TOKENS)) for size in (8, 16)
     )
+    graphs = [weakref.ref(engine.runner.graphs[key]) for key in (gone, bad)]
     for key in (gone, bad):
         engine.filling.quarantine(key, "it was wrong.")
+    gc.collect()
+    assert all(graph() is not None for graph in graphs), "a step may still run by one"
     refitted(engine)
+    gc.collect()
+    assert not any(graph() is not None for graph in graphs), "its generation has gone"
     ladders = engine.runner.ladders
     assert gone not in ladders.keys()  # noqa: SIM118  (not a mapping)
     assert bad in ladders.keys()  # noqa: SIM118  (not a mapping)
