@@ -156,9 +156,9 @@ class EngineCore:
         return outputs
 
     def _step(self) -> list[EngineOutput]:
-        self._lap(StepPart.REST)
         if self.verification.is_pending:  # it ends also for a caller who gives no turns
             self.background.advance(busy=False, running=len(self.scheduler.running))
+        self._lap(StepPart.REST)
         failed = [self._end_with_error(*spoilt) for spoilt in self.verification.take_failures()]
         failed += self._queue_compiled() if self._grammars.compiling else []
         while self._may_launch:

@@ -265,6 +265,8 @@ class StepCounters:
         is still in flight, whose token is dropped."""
         self._write()
         request = self._open.pop(output.request_id)
+        if self._trace is not None and not self._open:
+            self._trace.rest()
         output.graph_steps = request.steps
         if request.course is not None:
             self._num_courses -= 1

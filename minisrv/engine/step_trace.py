@@ -166,6 +166,10 @@ class StepTrace(StepObserver):
         record.preempted = preempted
         return record
 
+    def rest(self) -> None:
+        """Say that the last request has ended: the time from here on belongs to no step."""
+        self._was_busy = False
+
     def retire(
         self, step: TracedStep, predicted_ms: float | None, measured_ms: float, sampled: int
     ) -> None:
@@ -181,7 +185,7 @@ class StepTrace(StepObserver):
         step.predicted_ms = predicted_ms
         step.measured_ms = measured_ms
         step.wall_ms = 1000 * (now - self._last_retired)
-        self._last_retired, self._was_busy = now, scheduler.has_work
+        self._last_retired = now
         step.sampled = sampled
         step.running = len(scheduler.running)
         step.waiting = len(scheduler.waiting) + len(scheduler.waiting_for_grammar)

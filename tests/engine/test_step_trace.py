@@ -4,13 +4,16 @@ ahead; and no more is kept than was asked for."""
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from minisrv.certification.shadow import ShadowTrial
 from minisrv.config import EngineConfig
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.step import SchedulerOutput
@@ -32,6 +35,7 @@ LAYERS = 2
 FORWARD, EPILOGUE, SAMPLING = 1 + 11 * LAYERS + 1, 5, 3
 """Numbers of launches; see tests/runner/test_launches.py. Where every row samples, an epilogue is
 lm_head, sampling and the write back."""
+RUN_AGAIN = ShadowTrial.run
 MODES = ("none", "piecewise", "full-decode-only", "full-and-piecewise")
 
 
@@ -408,6 +412,42 @@ def test_graphs_that_leave_and_ladders_that_change_are_events(checkpoint: str) -
     assert lines[1]["ladders"] == info.ladders == ladders.sizes
     assert info.ladders != before.ladders
     assert lines[2]["graph"] == "FULL decode 5 TOKENS"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_step_is_told_to_take_the_time_of_something_else(
+    checkpoint: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose last request was aborted does nothing before the next one comes, and no part
+    of a step includes its verification."""
+    clock = itertools.count(0.0, 1e-6)
+    times = SimpleNamespace(time=time.time, perf_counter=lambda: next(clock))
+    monkeypatch.setattr(step_trace, "time", times)
+
+    def long_run(trial: ShadowTrial) -> None:
+        RUN_AGAIN(trial)
+        wait(1000.0)
+
+    def wait(seconds: float) -> None:
+        nonlocal clock
+        clock = itertools.count(next(clock) + seconds, 1e-6)
+
+    monkeypatch.setattr(ShadowTrial, "run", long_run)
+    engine = start(checkpoint, async_scheduling=ahead, verify_graphs=1.0)
+    add(engine, "a", 5)
+    for _ in range(5):
+        engine.step()
+    engine.abort("a")
+    while engine.has_work:
+        engine.step()
+    wait(1e6)
+    add(engine, "b", 5)
+    while engine.has_work:
+        engine.step()
+    steps = whole(engine).steps
+    assert engine.verification.counts["agreed"] == len(steps) > 10
+    assert all(sum(step.host_ms.values()) < 1000.0 for step in steps)
+    assert all(step.wall_ms < 1e8 for step in steps)
 
 
 def test_without_a_trace_nobody_observes(checkpoint: str) -> None:
