@@ -67,7 +67,7 @@ from minisrv.kernels import sample_op
 from minisrv.kernels.sampling import scores
 from minisrv.metrics import Metrics
 from minisrv.modes import CUDAGraphMode
-from minisrv.request import EngineOutput, StructuredOutput
+from minisrv.request import EngineOutput, EngineRequest, StructuredOutput
 from minisrv.server.choices import Generation
 from minisrv.server.errors import JSON
 from minisrv.server.preprocessing import Prepared
@@ -121,7 +121,7 @@ LONE: dict[str, Any] = {
 }
 """The settings of an engine that leaves nothing to chance."""
 
-COUNTS = ("compared", "faults", "aborted", "errors", "times_at_rest")
+COUNTS = ("compared", "faults", "aborted", "ended", "errors", "times_at_rest")
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -136,18 +136,20 @@ class Task(NamedTuple):
     """One engine's part.
 
     just: the one of its requests that is compared; None for all.
+    crowd: what becomes of them.
     """
 
     seed: int
     number: int
     requests: int
-    just: int | None = None
+    just: int | None
+    crowd: type[Crowd]
 
     def repeats(self, request: int | None) -> str:
         """The command that compares that request of this engine, in the same company; or all."""
         return (
-            f"python benchmarks/random_requests.py --seed {self.seed} --first-engine {self.number} "
-            f"--engines 1 --requests {self.requests}"
+            f"python benchmarks/{self.crowd.script} --seed {self.seed} "
+            f"--first-engine {self.number} --engines 1 --requests {self.requests}"
         ) + ("" if request is None else f" --just {request}")
 
 
@@ -204,7 +206,7 @@ class Asking:
     """A question on its way through an engine.
 
     tokens: of each choice, as far as they have come; they are not part of every answer.
-    error: what ended it otherwise.
+    error, kind: what ended it otherwise, in words and as the name of a class.
     """
 
     def __init__(self, number: int, generation: Generation, builder: Any, stream: bool) -> None:
@@ -212,6 +214,7 @@ class Asking:
         self.generation = generation
         self.tokens: list[list[int]] = [[] for _ in generation.requests]
         self.error: str | None = None
+        self.kind: str | None = None
         self._builder = builder
         self._stream = stream
         self._events = bytearray()
@@ -219,7 +222,7 @@ class Asking:
     def read(self, output: EngineOutput) -> None:
         """Add what an engine has said."""
         if output.error is not None:
-            self.error = output.error.message
+            self.error, self.kind = output.error.message, output.error.kind
             return
         for delta in self.generation.read([output]):
             self.tokens[delta.index] += delta.token_ids
@@ -303,11 +306,29 @@ class Engine:
         asking = self.open[number] = Asking(number, Generation(choices), builder, stream)
         for request in asking.generation.requests:
             self._of_request[request.request_id] = asking
+        self.submit(asking.generation.requests)
+
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Hand requests with one question to the engine."""
+        for request in requests:
             self.core.add(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step has something to do."""
+        return self.core.has_work
+
+    def run_step(self) -> list[EngineOutput]:
+        """Returns what came of it."""
+        return self.core.step()
+
+    def drop(self, request_id: str) -> EngineOutput | None:
+        """End a request, if it has not ended. Returns its last output, unless that comes later."""
+        return self.core.abort(request_id)
 
     def step(self) -> list[Asking]:
         """Returns those that have ended."""
-        outputs = self.core.step()
+        outputs = self.run_step()
         ended = []
         while outputs:
             for output in outputs:
@@ -323,15 +344,20 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """What a choice calls that has found a stop string."""
-        if last := self.core.abort(request_id):
+        if last := self.drop(request_id):
             self._aborted.append(last)
 
     def leave(self, asking: Asking) -> None:
         """Wait for it no more."""
+        self.forget(asking)
+        for request in asking.generation.requests:
+            self.drop(request.request_id)
+
+    def forget(self, asking: Asking) -> None:
+        """Know nothing of it any more."""
         del self.open[asking.number]
         for request in asking.generation.requests:
             del self._of_request[request.request_id]
-            self.core.abort(request.request_id)
 
     def run_alone(self, question: Question, prepared: Prepared, choice: int) -> None:
         """One choice of a question, from beginning to end."""
@@ -402,6 +428,11 @@ class Alone:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def core(self) -> EngineCore:
+        """That of the engine."""
+        return self._engine.core
+
     def outcome(self, index: int, question: Question, prepared: Prepared) -> Outcome:
         """Of question `index`, asked once."""
         if index not in self._known:
@@ -471,6 +502,8 @@ class Asked(NamedTuple):
 class Crowd:
     """One engine's part: the questions, in which order they come, and what has come of them."""
 
+    script = "random_requests.py"
+
     def __init__(self, task: Task) -> None:
         rng = random.Random(f"{task.seed} {task.number}")
         self.task = task
@@ -489,6 +522,8 @@ class Crowd:
         self.asked = [self._ask(rng) for _ in range(task.requests)]
         self.counts: Counter[str] = Counter()
         self.features: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
+        """What has happened to the engine besides."""
         self.near_ties: list[dict[str, Any]] = []
         self.faults: list[dict[str, Any]] = []
 
@@ -501,7 +536,7 @@ class Crowd:
     def run(self, checkpoint: Checkpoint, finished: Finished) -> dict[str, Any]:
         """All of it. finished: is told of each request that has ended."""
         began = time.monotonic()
-        engine = make_engine(checkpoint, **self.settings.engine)
+        engine = self.make_engine(checkpoint)
         if not self.settings.decode_runs:  # each step is thought of anew
             engine.core.scheduler._continue_run = lambda: None  # type: ignore[method-assign]
         alone = Alone(make_engine(checkpoint, **LONE))
@@ -523,6 +558,7 @@ class Crowd:
             "counts": dict(self.counts),
             "lone_answers": len(alone),
             "features": dict(self.features),
+            "events": dict(self.events),
             "preemptions": stats.preemptions,
             "prompt_tokens": stats.prompt_tokens,
             "prefix_hit_tokens": stats.prefix_cache_hits,
@@ -532,6 +568,10 @@ class Crowd:
             "faults": self.faults,
             "seconds": round(time.monotonic() - began, 1),
         }
+
+    def make_engine(self, checkpoint: Checkpoint) -> Engine:
+        """The engine that is asked."""
+        return make_engine(checkpoint, **self.settings.engine)
 
     def _shorten(self, prepared: list[Prepared]) -> None:
         """Let those questions that would not fit the context ask for less."""
@@ -547,10 +587,10 @@ class Crowd:
         leaving: dict[int, int] = {}
         begun = step = wanted = 0
         resting = True
-        while begun < len(self.asked) or engine.core.has_work:
+        while self.happens(engine, begun == len(self.asked)) or engine.has_work:
             if step % WAVE_STEPS == 0:
                 wanted = self._waves.choice((0, self._waves.randint(1, most), most, most))
-            while begun < len(self.asked) and len(engine.open) < wanted:
+            while begun < len(self.asked) and len(engine.open) < wanted and self.comes(begun):
                 asked = self.asked[begun]
                 question = self.questions[asked.question]
                 engine.ask(begun, question, prepared[asked.question], asked.stream)
@@ -567,13 +607,28 @@ class Crowd:
             yield from engine.step()
             step += 1
             if step % CHECKED_EVERY == 0:
-                engine.core.scheduler.check_integrity()
-            rested, resting = resting, not engine.core.has_work
+                self.look(engine)
+            rested, resting = resting, not engine.has_work
             if resting:
                 self.counts["times_at_rest"] += not rested
                 left = engine.left_behind()
                 assert not left, f"left behind: {left}"
                 assert not engine.open, "nobody is forgotten"
+
+    def happens(self, engine: Engine, all_asked: bool) -> bool:
+        """Let something happen to the engine before a step, and return whether more will.
+
+        all_asked: whether no request is left to come.
+        """
+        return not all_asked
+
+    def comes(self, number: int) -> bool:
+        """Whether the next request comes now."""
+        return True
+
+    def look(self, engine: Engine) -> None:
+        """Look at all blocks and request indices."""
+        engine.core.scheduler.check_integrity()
 
     def _judge(self, asking: Asking, alone: Alone, prepared: list[Prepared]) -> None:
         """Compare what came with the lone answer."""
@@ -621,7 +676,7 @@ def features(question: Question, stream: bool) -> set[str]:
 
 def run(task: Task, finished: Finished) -> dict[str, Any]:
     """One engine, with a checkpoint of its own."""
-    crowd = Crowd(task)
+    crowd = task.crowd(task)
     with TemporaryDirectory(prefix="random-requests-") as place:
         template = Path(place, "template.jinja")
         template.write_text(TEMPLATE)
@@ -631,7 +686,10 @@ def run(task: Task, finished: Finished) -> dict[str, Any]:
             num_hidden_layers=crowd.settings.layers,
             max_position_embeddings=CONTEXT_WITH_TOOLS,
         )
-        config = EngineConfig(model=str(directory), device="cpu", chat_template=template)
+        model_impl = crowd.settings.engine.get("model_impl", "auto")
+        config = EngineConfig(
+            model=str(directory), device="cpu", chat_template=template, model_impl=model_impl
+        )
         return crowd.run(open_checkpoint(config), finished)
 
 
@@ -685,7 +743,7 @@ def report(options: argparse.Namespace, engines: list[dict[str, Any]]) -> dict[s
     """All that was found so far."""
     summed = {
         name: sum((Counter(engine[name]) for engine in engines), Counter())
-        for name in ("counts", "features", "steps")
+        for name in ("counts", "features", "events", "steps")
     }
     margins = Counter(f"{tie['margin']:g}" for engine in engines for tie in engine["near_ties"])
     totals = ("lone_answers", "preemptions", "prompt_tokens", "prefix_hit_tokens")
@@ -696,13 +754,14 @@ def report(options: argparse.Namespace, engines: list[dict[str, Any]]) -> dict[s
         "engines": len(engines),
         "commits": sorted({engine["commit"] for engine in engines}),
         "seconds": round(time.monotonic() - options.began),
-        "requests": sum(summed["counts"][name] for name in ("compared", "aborted")),
+        "requests": sum(summed["counts"][name] for name in ("compared", "aborted", "ended")),
         **{name: summed["counts"][name] for name in COUNTS},
         "near_ties": margins.total(),
         "near_ties_by_margin": dict(sorted(margins.items())),
         **{name: sum(engine[name] for engine in engines) for name in (*totals, "generated_tokens")},
         "steps": dict(summed["steps"].most_common()),
         "features": dict(summed["features"].most_common()),
+        "events": dict(summed["events"].most_common()),
         "of_each_engine": sorted(engines, key=itemgetter("engine")),
     }
 
@@ -736,6 +795,8 @@ def show(found: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), f"{found[name]:,}")
     for name, steps in found["steps"].items():
         table.add_row(f"steps {name}", f"{steps:,}")
+    for name, times in found["events"].items():
+        table.add_row(name, f"{times:,}")
     console.print(table)
 
 
@@ -746,9 +807,10 @@ def commit() -> str:
     return told.stdout.strip()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, crowd: type[Crowd] = Crowd) -> int:
     """Run, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    about = sys.modules[crowd.__module__].__doc__ or ""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--engines", type=int, default=2, help="(2)")
     parser.add_argument("--requests", type=int, default=500, help="of each engine (500)")
     parser.add_argument("--processes", type=int, default=1, help="that run engines (1)")
@@ -767,7 +829,7 @@ def main(argv: list[str] | None = None) -> int:
     known = {engine["engine"] for engine in engines}
     numbers = range(options.first_engine, options.first_engine + options.engines)
     tasks = [
-        Task(options.seed, number, options.requests, options.just)
+        Task(options.seed, number, options.requests, options.just, crowd)
         for number in numbers
         if number not in known
     ]
@@ -781,7 +843,12 @@ def main(argv: list[str] | None = None) -> int:
     return int(found["faults"] > 0)
 
 
-if __name__ == "__main__":
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in a shell's background
+def may_be_interrupted() -> None:
+    """Let SIGINT and SIGTERM end the run; a shell's background ignores the first."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    may_be_interrupted()
     sys.exit(main())

@@ -78,6 +78,7 @@ def test_a_file_that_is_there_goes_on(tmp_path, monkeypatch) -> None:
         found: dict[str, Any] = dict.fromkeys((*names, "generated_tokens"), 1)
         counts = {"compared": 3, "aborted": 1}
         found |= {"engine": task.number, "counts": counts, "features": {}, "steps": {}}
+        found |= {"events": {}}
         return found | {"near_ties": [{"request": 2, "margin": 1e-6}], "faults": []}
 
     monkeypatch.setattr(random_requests, "run", run_one)

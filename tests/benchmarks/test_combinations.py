@@ -1,0 +1,43 @@
+"""benchmarks/combinations.py with few requests, and with an engine that has a fault on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.combinations import Combination
+from benchmarks.random_requests import main
+from minisrv.core.kv_events import RecordingBlockPool
+
+SMALL = ["--first-engine", "10", "--engines", "1", "--requests", "100"]
+"""Arguments for an engine with a prefix cache that sleeps, whose steps are verified and whose graphs
+are quarantined."""
+
+
+def run(tmp_path: Path) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "found.json"
+    status = main([*SMALL, "--json", str(out)], Combination)
+    return status, json.loads(out.read_text())
+
+
+def test_an_engine_that_changes_gives_the_lone_answers(tmp_path: Path) -> None:
+    status, found = run(tmp_path)
+    assert (status, found["faults"]) == (0, 0)
+    assert found["compared"] > 20
+    happens = "sleeps asked for", "graphs quarantined", "embeddings compared"
+    for what in (*happens, "verified steps: agreed"):
+        assert found["events"][what] > 0, what
+
+
+def test_what_a_sleep_leaves_in_the_prefix_cache_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of the prefix cache are still found behind it, but what they held is gone."""
+    monkeypatch.setattr(RecordingBlockPool, "clear_prefix_cache", lambda pool: None)
+    status, found = run(tmp_path)
+    assert status == 1
+    assert found["of_each_engine"][0]["faults"]
+    assert "DIFFERS: python benchmarks/combinations.py --seed 0" in capsys.readouterr().err
