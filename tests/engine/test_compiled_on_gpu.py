@@ -168,6 +168,35 @@ def test_a_swap_under_running_requests(ahead: bool, monkeypatch: pytest.MonkeyPa
     engine.scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("graphs", ["full", "full-and-piecewise"])
+def test_the_ladder_fills_with_graphs_of_compiled_code_under_running_requests(
+    graphs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the code keeps in its buffers is set aside for steps in the middle of a certification,
+    so that each graph passes."""
+    compile_pieces("transformers")
+    for name in ("LEAST_GAP", "REST", "TURN"):
+        monkeypatch.setattr(background, name, 0.0)
+    settings = {"compilation_mode": PIECES, "model_impl": "transformers"}
+    settings |= {"cudagraph_mode": CUDAGraphMode(graphs), "cudagraph_capture": "covering"}
+    engine = EngineCore(build_engine(EngineConfig(**LIMITS, **settings)))
+    assert engine.compilation.generation == 1
+    assert not engine.filling.is_whole
+    found: dict[str, list[int]] = {}
+    numbers = itertools.count()
+    while not engine.filling.is_whole or engine.has_work:
+        if not engine.filling.is_whole and engine.scheduler.req_indices.num_free:
+            number = next(numbers)
+            ids = PROMPTS[number % len(PROMPTS)]
+            engine.add(EngineRequest(request_id=str(number), prompt_token_ids=ids, params=GREEDY))
+        for output in engine.step():
+            found.setdefault(output.request_id, []).extend(output.token_ids)
+        engine.background.advance(busy=True)
+    assert engine.filling.report.refused == {}
+    for name, tokens_found in found.items():
+        assert tokens_found == expected()[int(name) % len(PROMPTS)], name
+
+
 def graph_pools() -> set[tuple[int, int]]:
     """Return the pools that have memory of the GPU."""
     torch.cuda.synchronize()
