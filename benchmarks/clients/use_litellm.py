@@ -141,7 +141,7 @@ def steps_of(url: str) -> Steps:
         )
         first, second = (choice.text for choice in answer.choices)
         assert first == second
-        assert first.startswith(", there lived")
+        assert first.startswith(", there ")
 
     @steps.run
     def an_error_is_the_clients() -> Any:
