@@ -3,9 +3,8 @@
     python benchmarks/clients/use_agents.py http://127.0.0.1:8000 [--json out.json]
 
 Runs in an environment with autogen-agentchat, autogen-ext[openai], langchain, langchain-openai and
-langgraph, against the default model. The first request of each turn requires a call; everything
-else is sent as the agents send it. Every step asserts its results; a failed step is reported and
-makes the exit status 1. The report also has the bodies of the requests.
+langgraph, against the default model. Every step asserts its results; a failed step is reported
+and makes the exit status 1. The report also has the bodies of the requests.
 
 Knows: the agents' interfaces. Knows nothing of the server.
 """
@@ -25,11 +24,10 @@ with needs(
     import httpx
     from autogen_agentchat.agents import AssistantAgent
     from autogen_agentchat.messages import TextMessage, ToolCallExecutionEvent
-    from autogen_core.models import CreateResult, ModelFamily
+    from autogen_core.models import ModelFamily
     from autogen_ext.models.openai import OpenAIChatCompletionClient
     from langchain.agents import create_agent
-    from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
-    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+    from langchain_core.messages import AIMessage, ToolMessage
     from langchain_core.tools import tool
     from langchain_openai import ChatOpenAI
     from langgraph.checkpoint.memory import InMemorySaver
@@ -41,25 +39,6 @@ TURNS = ("What is the weather in Oslo?", "And in Rome?")
 def weather(city: Literal["Oslo", "Rome"]) -> str:
     """The weather of a city."""
     return f"Sunny in {city}."
-
-
-class Calling(OpenAIChatCompletionClient):
-    """AutoGen's client for OpenAI, which requires the model to call one of the tools, if a request
-    has any."""
-
-    async def create(self, messages: Any, **options: Any) -> CreateResult:
-        if options.get("tools"):
-            options["tool_choice"] = "required"
-        return await super().create(messages, **options)
-
-
-@wrap_model_call
-def calling(request: ModelRequest, handler: Any) -> ModelResponse:
-    """Middleware for LangChain's agent, which requires a tool call in the reply to a user's
-    message, and afterwards an answer without one."""
-    asked = isinstance(request.messages[-1], HumanMessage)
-    answer: ModelResponse = handler(request.override(tool_choice="required" if asked else "none"))
-    return answer
 
 
 def steps_of(url: str) -> Steps:
@@ -84,7 +63,7 @@ def steps_of(url: str) -> Steps:
             info = {"vision": False, "function_calling": True, "json_output": True}
             info |= {"family": ModelFamily.UNKNOWN, "structured_output": True}
             async with httpx.AsyncClient(event_hooks={"request": [note_too]}) as http:
-                client = Calling(
+                client = OpenAIChatCompletionClient(
                     model=MODEL, model_info=info, http_client=http, max_tokens=60, **settings
                 )
                 agent = AssistantAgent("helper", client, tools=[weather], reflect_on_tool_use=True)
@@ -108,7 +87,6 @@ def steps_of(url: str) -> Steps:
                 chat,
                 [tool(weather)],
                 system_prompt="Answer briefly.",
-                middleware=[calling],
                 checkpointer=InMemorySaver(),
                 name="helper",
             )

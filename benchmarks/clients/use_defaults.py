@@ -709,9 +709,11 @@ def langchain_agent(base: str) -> Sequence[Step]:
         return nonempty("".join(piece.text for piece, _ in pieces))
 
     def tool_call() -> Any:
-        """The agent offers the tool; the model does not call it by itself."""
+        """The agent offers the tool, and the model calls it by itself."""
         state = agent_of(tools=[tool(weather)]).invoke(asked(QUESTION))
-        return [message.type for message in state["messages"]]
+        kinds = [message.type for message in state["messages"]]
+        assert "tool" in kinds
+        return kinds
 
     def structured_output() -> Any:
         state = agent_of(response_format=city_class()).invoke(asked("A city?"))

@@ -2,10 +2,9 @@
 
     python benchmarks/clients/use_openai_agents.py http://127.0.0.1:8000 [--json out.json]
 
-Runs in an environment with openai-agents, against the default model. The first request of a turn
-requires a call; the SDK itself takes that back for the next one. Everything else is sent as the SDK
-sends it. Every step asserts its results; a failed step is reported and makes the exit status 1. The
-report also has the bodies of the requests.
+Runs in an environment with openai-agents, against the default model. Every step asserts its
+results; a failed step is reported and makes the exit status 1. The report also has the bodies of
+the requests.
 
 Knows: the SDK's interface. Knows nothing of the server.
 """
@@ -57,10 +56,7 @@ def steps_of(url: str) -> Steps:
     bodies: list[Any] = []
     brief = ModelSettings(temperature=0, max_tokens=60)
     plain = Agent(name="helper", instructions="Be brief.", model=MODEL, model_settings=brief)
-    calling = plain.clone(
-        tools=[weather],
-        model_settings=ModelSettings(temperature=0, max_tokens=200, tool_choice="required"),
-    )
+    calling = plain.clone(tools=[weather])
 
     async def note(request: Any) -> None:
         if request.content:
