@@ -6,8 +6,9 @@ thread, as several tests run at a time, and Hypothesis to measure no times.
 A process that runs tests has imported nearly everything and holds almost a million objects, through
 which each full garbage collection would go for half a second, and every engine makes one when it
 captures its graphs. So what is there once all tests are collected is frozen: hidden from the
-garbage collector. Compiled modules are kept on disk whatever the environment says, as hundreds of
-processes import them.
+garbage collector. So is what the tests of a file leave, such as modules that they import and
+applications that FastAPI keeps in a cache, which comes to as much again. Compiled modules are kept
+on disk whatever the environment says, as hundreds of processes import them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,9 @@ MOST_WORKERS = 4
 QUICK = ("core", "graph", "nn", "runner", "server", "text", "tools")
 """Directories whose tests start no servers, run no model for long and interpret no kernels."""
 
+MANY_OBJECTS = 20_000
+"""Number of objects through which a full garbage collection goes in about 10 ms."""
+
 NOT_QUICK = ("test_compile.py", "test_transformers_model.py", "test_openapi.py")
 """Files in these directories that compile models, make one of every architecture, or search for
 bodies at random for a minute."""
@@ -89,6 +93,14 @@ class Freezer:
         self._freeze()
         self._num_frozen = gc.get_freeze_count()
         self.used = False
+
+    def freeze_what_is_left(self) -> None:
+        """Freeze what a file of tests has left beside the objects that are frozen."""
+        if len(gc.get_objects()) < MANY_OBJECTS:
+            return
+        gc.collect()
+        self._num_frozen += len(gc.get_objects())
+        self._freeze()
 
     def num_left_by_a_test(self) -> int:
         """Return how many more objects are frozen than stay. It counts them one by one."""
@@ -165,6 +177,17 @@ def pytest_runtestloop() -> None:
     """Freeze what was imported and collected."""
     freezer.freeze_what_stays()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Freeze what a file of tests leaves behind its last test, when its fixtures are gone."""
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        freezer.freeze_what_is_left()
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
