@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +19,13 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.kernels.sampling import scores
 from minisrv.request import EngineRequest, FinishReason, SamplingParams
+from tests.checkpoints import make_checkpoint
 
 EPSILON = 1e-3
 """Scores (logits / temperature + noise) that are closer than this may be put in either order by
 rounding."""
+
+VOCAB = 4096
 
 LIMITS = {
     "dtype": "float32",
@@ -43,6 +47,11 @@ class Entry:
     arrival: int
     request: EngineRequest
     abort_after: int | None
+
+
+def make_model(directory: Path) -> str:
+    """Write a model for the tape on a CPU, whose steps take little of the time of a test."""
+    return str(make_checkpoint(directory, "qwen3-tied", vocab_size=VOCAB, num_hidden_layers=3))
 
 
 def make_tape(count: int, vocab_size: int, seed: int = 0) -> list[Entry]:

@@ -12,30 +12,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from minisrv.checkpoint import resolve_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.modes import CUDAGraphMode, Reason
 from minisrv.request import FinishReason
-from tests.engine.tape import LIMITS, judge, make_tape, play
+from tests.engine.tape import LIMITS, VOCAB, judge, make_model, make_tape, play
 
-VOCAB = 4096
-TAPE = make_tape(115, VOCAB, seed=9)
+TAPE = make_tape(140, VOCAB, seed=1)
 MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
 @pytest.fixture(scope="module")
-def reference():
-    model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(None), dtype=torch.float32)
-    return model.eval()
+def checkpoint(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def first():
+def reference(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def first(checkpoint):
     """The run that the others are compared with: eager, without a step launched ahead, every prompt
     computed without the prefix cache."""
-    return play(
-        TAPE, EngineConfig(device="cpu", enforce_eager=True, enable_prefix_caching=False, **LIMITS)
-    )
+    plain = {"enforce_eager": True, "enable_prefix_caching": False}
+    return play(TAPE, EngineConfig(checkpoint, device="cpu", **plain, **LIMITS))
 
 
 def test_eager_gives_the_tokens_of_transformers(first, reference):
@@ -68,9 +69,10 @@ def test_the_tape_is_hard_enough(first):
 @pytest.mark.parametrize("steps_ahead", [0, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_lag_gives_the_same_tokens(
-    mode, steps_ahead, first, reference, tape_holds_mixed_batches
+    mode, steps_ahead, checkpoint, first, reference, tape_holds_mixed_batches
 ):
     config = EngineConfig(
+        checkpoint,
         device="cpu",
         cudagraph_mode=CUDAGraphMode(mode),
         async_scheduling=bool(steps_ahead),

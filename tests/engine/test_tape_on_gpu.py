@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from minisrv.checkpoint import resolve_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.modes import CUDAGraphMode
-from tests.engine.tape import LIMITS, judge, make_tape, play
+from tests.engine.tape import LIMITS, VOCAB, judge, make_tape, play
 
 pytestmark = pytest.mark.gpu
 
-TAPE = make_tape(240, 4096, seed=1)
+TAPE = make_tape(240, VOCAB, seed=1)
 MODES = ("none", "piecewise", "full-decode-only", "full", "full-and-piecewise")
 
 
