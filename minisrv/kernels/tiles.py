@@ -4,8 +4,8 @@
 would make sums add up in another order from one start to the next, and a server should round in the
 same way every day. The rules are what was fastest, or within a few percent of it, on the
 projections of three models, and MEASURED has the shapes that no rule fits; both are for an H100 or
-H200, which have 132 SMs to fill. `benchmarks/tiles.py` measures a model's shapes on any card, and prints
-lines for MEASURED. Knows neither Triton nor torch.
+H200, which have 132 SMs to fill. `benchmarks/tiles.py` measures a model's shapes on any card, and
+prints lines for MEASURED. Knows neither Triton nor torch.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from benchmarks.random_requests import main
 from minisrv.core.kv_events import RecordingBlockPool
 
 SMALL = ["--first-engine", "10", "--engines", "1", "--requests", "100"]
-"""Arguments for an engine with a prefix cache that sleeps, whose steps are verified and whose graphs
-are quarantined."""
+"""Arguments for an engine with a prefix cache that sleeps, whose steps are verified and whose
+graphs are quarantined."""
 
 
 def run(tmp_path: Path) -> tuple[int, dict[str, Any]]:
