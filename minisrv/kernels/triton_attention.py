@@ -664,35 +664,33 @@ def _decode(
             if tl.atomic_add(arrival, 1, sem="acq_rel") == used - 1:
                 tl.store(arrival, 0)
                 if used <= FEW_S:
-                    for query in range(0, GROUP, FEW_QUERIES):
-                        _combine(
-                            partial,
-                            sums,
-                            out,
-                            first + query,
-                            tl.minimum(GROUP - query, FEW_QUERIES),
-                            splits,
-                            used,
-                            HEAD_DIM,
-                            BLOCK_D,
-                            FEW_S,
-                            FEW_QUERIES,
-                        )
+                    _combine(
+                        partial,
+                        sums,
+                        out,
+                        first,
+                        splits,
+                        used,
+                        GROUP,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        FEW_S,
+                        FEW_QUERIES,
+                    )
                 else:
-                    for query in range(0, GROUP, QUERIES):
-                        _combine(
-                            partial,
-                            sums,
-                            out,
-                            first + query,
-                            tl.minimum(GROUP - query, QUERIES),
-                            splits,
-                            used,
-                            HEAD_DIM,
-                            BLOCK_D,
-                            BLOCK_S,
-                            QUERIES,
-                        )
+                    _combine(
+                        partial,
+                        sums,
+                        out,
+                        first,
+                        splits,
+                        used,
+                        GROUP,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        BLOCK_S,
+                        QUERIES,
+                    )
 
 
 @triton.jit
@@ -701,31 +699,33 @@ def _combine(
     sums,
     out,
     first,
-    count,
     splits,
     used,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """Combine the results of the splits for `count` of a row's query heads from `first` on. They
-    are loaded past the L1 cache, because other programs have written them."""
-    query = tl.arange(0, QUERIES)[:, None, None]
-    split = tl.arange(0, BLOCK_S)[None, :, None]
-    d = tl.arange(0, BLOCK_D)[None, None, :]
-    place = (first + query) * splits + split
-    there = (split < used) & (query < count)
-    source = partial + place * HEAD_DIM + d
-    acc = tl.load(source, there & (d < HEAD_DIM), other=0.0, cache_modifier=".cg")
-    peak = tl.load(sums + place * 2, there, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(sums + place * 2 + 1, there, other=0.0, cache_modifier=".cg")
-    highest = tl.max(peak, axis=1, keep_dims=True)
-    weight = tl.where(split < used, tl.exp2(peak - highest), 0.0)
-    value = tl.sum(acc * weight, axis=1, keep_dims=True)
-    value /= tl.sum(total * weight, axis=1, keep_dims=True)
-    place = out + (first + query) * HEAD_DIM + d
-    tl.store(place, value.to(out.dtype.element_ty), (query < count) & (d < HEAD_DIM))
+    """Combine the results of the splits, BLOCK_S of them at most, for the GROUP query heads of a
+    row from `first` on, QUERIES at a time. They are loaded past the L1 cache, because other
+    programs have written them."""
+    for begin in range(0, GROUP, QUERIES):
+        query = begin + tl.arange(0, QUERIES)[:, None, None]
+        split = tl.arange(0, BLOCK_S)[None, :, None]
+        d = tl.arange(0, BLOCK_D)[None, None, :]
+        place = (first + query) * splits + split
+        there = (split < used) & (query < GROUP)
+        source = partial + place * HEAD_DIM + d
+        acc = tl.load(source, there & (d < HEAD_DIM), other=0.0, cache_modifier=".cg")
+        peak = tl.load(sums + place * 2, there, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(sums + place * 2 + 1, there, other=0.0, cache_modifier=".cg")
+        highest = tl.max(peak, axis=1, keep_dims=True)
+        weight = tl.where(split < used, tl.exp2(peak - highest), 0.0)
+        value = tl.sum(acc * weight, axis=1, keep_dims=True)
+        value /= tl.sum(total * weight, axis=1, keep_dims=True)
+        place = out + (first + query) * HEAD_DIM + d
+        tl.store(place, value.to(out.dtype.element_ty), (query < GROUP) & (d < HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=["rows", "fewest"])
