@@ -17,8 +17,9 @@ A turn of the work between steps ends wherever it can, or after some millisecond
 
 Besides the answers, these are checked. Each request ends with its answer, or with an error that has
 a cause. Counters of steps agree with each other, with the trace and with the tokens that came.
-Events of the prefix cache tell what is in it. No block, request index, thread or graph is left of
-what serves no more. An engine that does nothing for long is at fault, too.
+Events of the prefix cache tell what is in it. No certification fails that was not drawn to. No
+block, request index, thread or graph is left of what serves no more. An engine that does nothing
+for long is at fault, too.
 """
 
 from __future__ import annotations
@@ -598,6 +599,8 @@ class Combination(Crowd):
         assert lost == 0 or "death" in self.changes.happens
         verified, ladder = stats.verified_steps, stats.ladder
         assert verified.keys() <= {"agreed", "skipped"}, verified
+        refused = (ladder.refused, ladder.refit.refused, stats.compilation.reason)
+        assert self.changes.failing or not any(refused), refused
         self.events.update({f"verified steps: {what}": n for what, n in verified.items()})
         self.events["swaps to compiled code"] += stats.compilation.swaps
         self.events["compiled code refused"] += sum(stats.compilation.refusals.values())
