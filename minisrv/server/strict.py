@@ -7,6 +7,7 @@ Knows: pydantic. Knows no field.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
 from pydantic import (
@@ -125,9 +126,10 @@ class RequestBody(Strict):
     _num_bytes: int = PrivateAttr(default=0)
 
     @classmethod
-    def required_fields(cls) -> set[str]:
+    @cache  # every request asks for them
+    def required_fields(cls) -> frozenset[str]:
         """Return the names of the fields that every body of this kind has."""
-        return {name for name, field in cls.model_fields.items() if field.is_required()}
+        return frozenset(name for name, field in cls.model_fields.items() if field.is_required())
 
     @property
     def num_bytes(self) -> int:
