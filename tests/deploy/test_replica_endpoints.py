@@ -68,8 +68,10 @@ def test_replicas_with_the_same_flags_publish_at_the_same_time(tmp_path):
         for rank in range(2):
             config = endpoints_of_replica(server, rank).kv_events
             assert config is not None
-            publishers.append(KVEventPublisher(config))
-        names = {path.name for path in tmp_path.iterdir()}
+            private_dir = tmp_path / f"private-{rank}"
+            private_dir.mkdir()
+            publishers.append(KVEventPublisher(config, private_dir))
+        names = {path.name for path in tmp_path.iterdir() if path.is_socket()}
         assert names == {"events-0", "events-1", "replay-0", "replay-1"}
     finally:
         for publisher in publishers:
