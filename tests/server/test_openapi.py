@@ -73,8 +73,9 @@ def make(tokenizer: Tokenizer, **options: Any) -> FastAPI:
 SETTINGS = settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def described(tokenizer: Tokenizer) -> Iterator[Any]:
+    """The document of one application, which answers the requests of all tests."""
     app = make(tokenizer)
     yield from_asgi("/openapi.json", app)
     app.state.close()
