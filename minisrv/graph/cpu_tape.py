@@ -49,6 +49,7 @@ _RESERVES = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_BRANCHES = (tuple, list)
 _SETTLED_BY_OUT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 _INDEXING = (
     torch.ops.aten.index,
@@ -264,7 +265,7 @@ class _Recorder(TorchDispatchMode):
                 f"{func} changed the size of its argument's memory: a graph, whose addresses are "
                 "fixed, cannot hold it."
             )
-        if any(isinstance(leaf, Tensor) and leaf.is_mkldnn for leaf in _leaves(result)):
+        if any(tensor.is_mkldnn for tensor in _all_tensors(result)):
             raise GraphCaptureError(
                 f"{func} gives a tensor in a library's own layout, which has no address that a "
                 "graph could fix; make it before the capture."
@@ -299,9 +300,17 @@ def is_launch(func: OpOverload, arguments: Any, result: Any) -> bool:
     """Whether a call hands work to the device. Calls do not that only reserve memory, which a graph
     has done at capture, or only make views, including those that turn a tensor into another view of
     its own memory."""
-    if func in _RESERVES or torch.Tag.inplace_view in func.tags:
+    whatever = _launches_whatever(func)
+    return bool(_fresh_tensors(arguments, result)) if whatever is None else whatever
+
+
+@cache
+def _launches_whatever(op: OpOverload) -> bool | None:
+    """Return whether an operation hands work to the device whatever its arguments are; None if that
+    depends on them."""
+    if op in _RESERVES or torch.Tag.inplace_view in op.tags:
         return False
-    return func._schema.is_mutable or bool(_fresh_tensors(arguments, result))
+    return True if op._schema.is_mutable else None
 
 
 def _fresh_tensors(arguments: Any, result: Any) -> list[Tensor]:
@@ -319,27 +328,39 @@ def _refuse(func: OpOverload, args: tuple[Any, ...]) -> None:
                     "cannot hold it. Use torch.where, or masked_fill."
                 )
         return
-    for tag, what in _NEVER.items():
-        if tag in func.tags:
-            raise GraphCaptureError(f"{func} {what}: a graph cannot hold it.")
+    if (what := _fault(func)) is not None:
+        raise GraphCaptureError(f"{func} {what}: a graph cannot hold it.")
+
+
+@cache
+def _fault(op: OpOverload) -> str | None:
+    """Return what an operation does that a graph cannot hold, whatever its arguments are."""
+    return next((what for tag, what in _NEVER.items() if tag in op.tags), None)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     """Return the tensors that have an address. A tensor in a library's own layout is opaque and is
     treated as a constant, like a number."""
-    return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
+    return [tensor for tensor in _all_tensors(tree) if not tensor.is_mkldnn]
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
-    """Yield the leaves of an operation's arguments or results. torch's pytree does more, and would
-    take a third of the time of a capture."""
-    if isinstance(tree, tuple | list):
+def _all_tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors among an operation's arguments or results. torch's pytree does more, and
+    would take a third of the time of a capture."""
+    found: list[Tensor] = []
+    _add_tensors(tree, found)
+    return found
+
+
+def _add_tensors(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, _BRANCHES):
         for branch in tree:
-            yield from _leaves(branch)
+            _add_tensors(branch, found)
     elif isinstance(tree, dict):
-        yield from _leaves(tuple(tree.values()))
-    else:
-        yield tree
+        for branch in tree.values():
+            _add_tensors(branch, found)
 
 
 def _replace(tree: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
@@ -347,7 +368,7 @@ def _replace(tree: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
     `stand_in` of it."""
     if isinstance(tree, Tensor):
         return tree if tree.is_mkldnn else stand_in(tree)
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, _BRANCHES):
         return type(tree)([_replace(branch, stand_in) for branch in tree])
     if isinstance(tree, dict):
         return {key: _replace(branch, stand_in) for key, branch in tree.items()}
