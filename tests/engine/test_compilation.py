@@ -7,13 +7,13 @@ itself runs is computed several times.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import re
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from threading import active_count
 from typing import Any
@@ -67,6 +67,9 @@ from tests.checkpoints import make_checkpoint
 FORWARD = Decoder.forward
 TIMES = 4
 """How often the model's own forward computes everything."""
+
+FEW = 16
+"""Number of requests that run beside code that is refused."""
 
 MADE = Path("program")
 
@@ -206,6 +209,13 @@ def serve(engine: EngineCore, count: int = 30) -> tuple[dict[str, Any], dict[str
     engine.scheduler.check_integrity()
     assert engine.scheduler.block_pool.num_used == 0
     return found, ran
+
+
+@functools.cache
+def tokens_without_compiled_code(checkpoint: str) -> dict[str, Any]:
+    """Return the tokens and the log-probabilities that a few requests get by the model's own
+    code."""
+    return serve(start(checkpoint, None), FEW)[0]
 
 
 def test_batches_are_dispatched_by_the_durations_of_the_generation_that_serves(
@@ -451,12 +461,12 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_wrong_or_slow_does_not_serve(checkpoint, caplog, reason):
     """The server goes on as it is, with a line in the log and a count in the metrics."""
-    expected, _ = serve(start(checkpoint, None))
+    expected = tokens_without_compiled_code(checkpoint)
     compiler = REFUSED[reason]
     engine = start(checkpoint, compiler)
     before = Generation.in_service(engine.runner)
     with caplog.at_level(logging.WARNING):
-        found, ran = serve(engine)
+        found, ran = serve(engine, FEW)
     assert found == expected
     assert not [key for steps in ran.values() for key in steps if key.endswith("/compiled")]
     report = engine.stats().compilation
@@ -491,7 +501,7 @@ def test_code_may_round_as_its_dtype_does(checkpoint, dtype, allowed, refused):
 
     states = []
     for amount in (allowed, refused):
-        compiler = FakeCompiler(cached=True, program=partial(program, amount=amount))
+        compiler = FakeCompiler(cached=True, program=functools.partial(program, amount=amount))
         states.append(start(checkpoint, compiler, dtype=dtype).info.compilation.state)
     assert states == [CompilationState.COMPILED, CompilationState.REFUSED]
 
@@ -559,25 +569,25 @@ def test_an_engine_that_ends_ends_the_process_that_compiles(checkpoint):
 
 def test_a_program_in_the_cache_serves_from_the_start(checkpoint):
     """A restart compiles nothing: every graph is that of the program, and every step runs by it."""
-    expected, _ = serve(start(checkpoint, None))
+    expected = tokens_without_compiled_code(checkpoint)
     compiler = FakeCompiler(cached=True)
     engine = start(checkpoint, compiler)
     assert engine.info.compilation.generation == 1
     assert engine.info.ladder.graphs == len(engine.runner.ladders.keys())
-    found, ran = serve(engine)
+    found, ran = serve(engine, FEW)
     assert found == expected
     assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
     assert compiler.started == 0
 
 
 def test_a_program_in_the_cache_that_is_wrong_leaves_a_whole_server(checkpoint):
-    expected, _ = serve(start(checkpoint, None))
+    expected = tokens_without_compiled_code(checkpoint)
     compiler = FakeCompiler(cached=True, program=adds(1e-3))
     engine = start(checkpoint, compiler)
     assert compiler.discarded
     assert engine.info.compilation.refusals == {"certification": 1}
     assert engine.info.ladder.graphs == len(engine.runner.ladders.keys())
-    assert serve(engine)[0] == expected
+    assert serve(engine, FEW)[0] == expected
 
 
 def test_compile_wait_is_ready_with_compiled_code(checkpoint):
@@ -1009,7 +1019,7 @@ def test_an_engine_that_ends_leaves_the_work_where_it_is(checkpoint):
 def test_an_error_of_the_swap_itself_is_a_refusal(checkpoint, monkeypatch, failing, cached):
     """It once ended the engine, with the requests that ran. The model's own code serves on, whole,
     and batches are dispatched as before."""
-    expected, _ = serve(start(checkpoint, None))
+    expected = tokens_without_compiled_code(checkpoint)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("not now")
@@ -1037,7 +1047,7 @@ def test_an_error_of_the_swap_itself_is_a_refusal(checkpoint, monkeypatch, faili
         serve_slower=True,
     )
     engine.compilation.capture_graphs(runner.ladders.keys() if cached else [], nothing)
-    found, ran = serve(engine)
+    found, ran = serve(engine, FEW)
     assert found == expected
     assert not [key for steps in ran.values() for key in steps if key.endswith("/compiled")]
     report = engine.stats().compilation
