@@ -101,60 +101,70 @@ def test_the_kernels_of_a_program_are_known_before_its_first_step(tmp_path: Path
     assert made == rehearsed
 
 
-def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    cache = tmp_path / "triton"
-    caches = {"TRITON_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+def start(checkpoint: Path, caches: Path) -> list[str]:
+    """Start an engine whose caches are in a directory, and return what it logs."""
+    variables = {
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "XDG_CACHE_HOME": str(caches / "xdg"),
+        "TMPDIR": str(caches / "tmp"),
+    }
+    return run("compile_kernels.py", checkpoint, **variables).stdout.splitlines()
 
-    def start() -> list[str]:
-        return run("compile_kernels.py", checkpoint, **caches).stdout.splitlines()
 
-    first = start()
-    assert len(first) == 1
-    assert first[0].startswith("compiled ")
-    assert start() == [f"the kernels are in {cache}"]
-    damaged = next(cache.rglob("*.cubin"))
+@pytest.fixture(scope="module")
+def first_start(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """The caches behind a start on a machine that has compiled nothing, and what it logged."""
+    caches = tmp_path_factory.mktemp("caches")
+    (caches / "tmp").mkdir()
+    return caches, start(checkpoint, caches)
+
+
+@pytest.fixture
+def caches(first_start: tuple[Path, list[str]], tmp_path: Path) -> Path:
+    """A copy of the caches that the first start left."""
+    return Path(shutil.copytree(first_start[0], tmp_path / "caches"))
+
+
+def test_a_second_start_compiles_nothing_and_a_damaged_kernel_again(
+    checkpoint: Path, first_start: tuple[Path, list[str]], caches: Path
+) -> None:
+    [first] = first_start[1]
+    assert first.startswith("compiled ")
+    in_place = [f"the kernels are in {caches / 'triton'}"]
+    assert start(checkpoint, caches) == in_place
+    damaged = next(caches.rglob("*.cubin"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:10])
-    assert start()[0].startswith("compiled ")
+    assert start(checkpoint, caches)[0].startswith("compiled ")
     assert damaged.read_bytes() == whole
-    assert start() == [f"the kernels are in {cache}"]
+    assert start(checkpoint, caches) == in_place
 
 
 def test_a_cache_that_is_read_only_is_used_and_others_than_its_kernels_are_compiled(
-    tmp_path: Path,
+    checkpoint: Path, caches: Path
 ) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
-    cache, temporary = tmp_path / "triton", tmp_path / "tmp"
-    temporary.mkdir()
-    variables = {
-        "TRITON_CACHE_DIR": str(cache),
-        "XDG_CACHE_HOME": str(tmp_path / "xdg"),
-        "TMPDIR": str(temporary),
-    }
-
-    def start() -> list[str]:
-        return run("compile_kernels.py", checkpoint, **variables).stdout.splitlines()
+    cache = caches / "triton"
 
     def set_mode(mode: int) -> None:
         for directory in (cache, *cache.iterdir()):
             directory.chmod(mode)
 
-    start()
     [unlisted] = cache.rglob("unlisted.cubin")
     shutil.rmtree(unlisted.parent)
     before = sorted(cache.rglob("*"))
     set_mode(0o500)
     try:
-        assert start() == [f"the kernels are in {cache}"]
+        assert start(checkpoint, caches) == [f"the kernels are in {cache}"]
         next(cache.rglob("*.cubin")).write_bytes(b"cut off")
-        warning, done = start()
+        warning, done = start(checkpoint, caches)
     finally:
         set_mode(0o700)
     assert warning.startswith(f"kernels cannot be kept in {cache}")
     assert done.startswith("compiled ")
     assert sorted(cache.rglob("*")) == before
-    assert not list(temporary.iterdir())
+    assert not list((caches / "tmp").iterdir())
 
 
 def job_of(directory: Path, **changes: Any) -> KernelJob:
