@@ -37,6 +37,17 @@ def two(start: Start, tiny: Path) -> Server:
     return start(str(tiny), *TWO, "--max-num-seqs", "8", "--shutdown-timeout", "1").wait_ready()
 
 
+@pytest.fixture(scope="module")
+def shared_two(tiny: Path) -> Iterator[Server]:
+    """A server with two API workers for tests that leave it as it was."""
+    names = ("--served-model-name", "one", "org/two")
+    server = Server(str(tiny), *TWO, "--max-num-seqs", "4", *names)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
 def workers_of(server: Server) -> list[int]:
     """The process ids of both API workers."""
     return [server.worker_pid(index) for index in range(2)]
@@ -83,9 +94,10 @@ def last_error(connection: socket.socket) -> dict[str, Any]:
     return dict(events_of("\n".join(lines[-2:]))[0]["error"])
 
 
-def test_both_serve_and_count_as_one(two: Server) -> None:
+def test_both_serve_and_count_as_one(shared_two: Server) -> None:
     """Whichever worker answers /metrics, its answer counts all requests and the engine's
     counters."""
+    two = shared_two
     with streams_on_both(two) as streams:
         assert len(streams) == 2
     until(lambda: running(two) == 0, "all are gone")
@@ -114,24 +126,21 @@ def test_both_serve_and_count_as_one(two: Server) -> None:
     assert two.log.count("ready in") == 1
 
 
-def test_the_same_tokens_as_with_one(start: Start, tiny: Path) -> None:
+def test_the_same_tokens_as_with_one(shared_two: Server, start: Start, tiny: Path) -> None:
     """Two API workers give the same tokens as one."""
-    flags = (str(tiny), "--max-num-batched-tokens", "64", "--max-num-seqs", "4")
+    one = start(str(tiny), "--max-num-batched-tokens", "64", "--max-num-seqs", "4").wait_ready()
     bodies = [body(index) for index in range(24)]
     found = []
-    for number in ("1", "2"):
-        server = start(*flags, "--api-workers", number).wait_ready()
+    for server in (one, shared_two):
         futures = [server.post_all(path, [fields])[0] for path, fields in bodies]
         found.append([tokens(future.result(60)) for future in futures])
     assert found[0] == found[1]
 
 
-def test_each_knows_the_names_the_request_and_what_is_cached(start: Start, tiny: Path) -> None:
+def test_each_knows_the_names_the_request_and_what_is_cached(shared_two: Server) -> None:
     """Both workers know the served model names, send the request id back and report cached
     tokens."""
-    names = ("--served-model-name", "one", "org/two")
-    server = start(str(tiny), *TWO, "--max-num-seqs", "4", *names).wait_ready()
-    address = server.url.removeprefix("http://")
+    address = shared_two.url.removeprefix("http://")
     seen: set[int] = set()
     cached = 0
     while len(seen) < 2:
@@ -150,7 +159,7 @@ def test_each_knows_the_names_the_request_and_what_is_cached(start: Start, tiny:
             assert len(choice["token_ids"]) == 2
             assert told["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
             cached = 32  # two blocks, whichever worker sent the request that filled them
-            seen.add(server.worker_of(http.sock))
+            seen.add(shared_two.worker_of(http.sock))
 
 
 def test_the_engine_counts_for_both(start: Start, tiny: Path) -> None:
@@ -238,12 +247,12 @@ def test_a_worker_that_cannot_be_replaced_ends_the_server(two: Server) -> None:
     assert "API worker 0 did not start" in two.log
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize(("signum", "to_group"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_an_ordered_end_with_streams_on_both(
     two: Server, signum: signal.Signals, to_group: bool
 ) -> None:
-    """SIGTERM may come more than once: `timeout` sends it to the process and to its group."""
+    """SIGTERM may come more than once: `timeout` sends it to the process and to its group. With one
+    worker each signal is sent to either, in test_the_time_to_finish_is_bounded."""
     with streams_on_both(two) as streams:
         two.send(signum, to_group=to_group)
         if signum is signal.SIGTERM:
@@ -300,9 +309,9 @@ def test_both_say_that_the_engine_loads_and_that_it_is_ready(start: Start) -> No
         assert server.get("/ready").status_code == 200
 
 
-def test_two_servers_with_workers_on_one_port(start: Start, two: Server) -> None:
+def test_two_servers_with_workers_on_one_port(start: Start, shared_two: Server) -> None:
     """The workers of one server share its port, and no other server may."""
-    port = two.url.rpartition(":")[2]
+    port = shared_two.url.rpartition(":")[2]
     for number in ("1", "2"):
         refused = start(*SMALL, "--api-workers", number, "--port", port)
         assert refused.wait() == 1
