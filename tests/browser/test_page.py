@@ -287,9 +287,9 @@ def test_a_server_without_a_trace_says_so(server: Server, open_page: Open) -> No
     page.get_by_text("No trace: start it without --step-trace 0.").wait_for()
 
 
-DROP = """([name, text]) => {
+DROP = """([name, text, times = 1]) => {
     const files = new DataTransfer();
-    files.items.add(new File([text], name));
+    files.items.add(new File([text.repeat(times)], name));
     const options = { dataTransfer: files, bubbles: true, cancelable: true };
     document.querySelector('#drop').dispatchEvent(new DragEvent('drop', options));
 }"""
@@ -375,9 +375,9 @@ def test_a_bad_file_is_named_with_its_line(viewed: ViewServer, open_page: Open) 
         (whole.replace("1000.01", "1e999"), "Line 3: the step has no"),
         (whole.replace('"part"', '"x"'), 'Line 1: the "startup" of the header is not what'),
         (whole.replace("[1, 8]", "8"), 'Line 1: the "in_service" of the header is not what'),
-        ("0" * (1 << 25), "Line 1 has more than 16777216 characters"),
+        (["0", 1 << 25], "Line 1 has more than 16777216 characters"),
     ):
-        page.evaluate(DROP, ["bad.ndjson", text])
+        page.evaluate(DROP, ["bad.ndjson", *([text] if isinstance(text, str) else text)])
         expect(page.locator("#replay-message")).to_have_text(re.compile(f"^bad.ndjson: .*{told}"))
     assert page.locator(".viewer").is_visible(), "the traces that were open stay open"
 
