@@ -157,9 +157,9 @@ def test_every_mode_and_lag_keeps_every_schema_with_the_same_tokens(start, token
 @pytest.mark.parametrize("mode", MODES)
 def test_others_get_the_tokens_that_they_get_alone(start, mode: str, steps_ahead: int) -> None:
     plain = [request(f"text {i}", max_tokens=30, temperature=i % 2) for i in range(4)]
-    alone = {}
+    engine, alone = start(mode, steps_ahead), {}
     for one in plain:
-        alone |= run(start(mode, steps_ahead), one)
+        alone |= run(engine, one)
     grammars = [request(f"json {i}", schema_of(SCHEMAS[i]), max_tokens=40) for i in range(4)]
     beside = run(start(mode, steps_ahead), *grammars[:2], *plain, *grammars[2:])
     for one in plain:
