@@ -121,8 +121,8 @@ class EngineClient:
         self._loading = Loading("starting")
         self._exit_report_seconds = exit_report_seconds
         self._death_timer: asyncio.TimerHandle | None = None
-        self._known_cause: EngineDeadError | None = None
-        """The reason why the engine is dead, if it is known before the parent says how it ended."""
+        self._known_cause = ""
+        """Why the engine is dead, if it is known before the parent says how it ended."""
         self._exit_description = ""
         self._open: dict[str, _Mailbox] = {}
         self._requests: list[EngineRequest] = []
@@ -153,12 +153,10 @@ class EngineClient:
 
     @property
     def death(self) -> EngineDeadError:
-        """The reason why the engine is dead, once it is."""
-        if self._known_cause is not None:
-            return self._known_cause
-        return EngineDeadError(
-            f"the engine has ended unexpectedly{self._exit_description}; see its log."
-        )
+        """The reason why the engine is dead, once it is. It is a new exception each time: one that
+        is raised again keeps the frames of all who have raised it, and with them their requests."""
+        ended = f"the engine has ended unexpectedly{self._exit_description}; see its log."
+        return EngineDeadError(self._known_cause or ended)
 
     async def start(
         self, on_loading: Callable[[str, int, int], None] = lambda phase, done, total: None
@@ -331,7 +329,7 @@ class EngineClient:
             # Otherwise nobody would hear from the engine any more.
             self._loop.remove_reader(self._socket.FD)
             logger.exception("cannot read from the engine")
-            self._known_cause = EngineDeadError("the engine's answers cannot be read; see the log.")
+            self._known_cause = "the engine's answers cannot be read; see the log."
             self._die()
 
     def _handle_message(self, message: EngineMessage) -> None:
@@ -366,7 +364,7 @@ class EngineClient:
                 else:
                     done.set_exception(failure.as_exception())
             case Failed(failure):
-                self._known_cause = EngineDeadError(failure.message)
+                self._known_cause = failure.message
 
     def _deliver(self, output: EngineOutput) -> None:
         box = self._open.get(output.request_id)

@@ -261,6 +261,20 @@ async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str
         assert raised.value.message == words
 
 
+async def test_nothing_is_kept_of_requests_that_a_dead_engine_refuses(tmp_path: Path) -> None:
+    """Clients may ask for as long as the server is there, and each error names the same cause."""
+    async with connected(tmp_path) as (engine, client):
+        await engine.say(Failed(RequestFailure.of(EngineError("it was tired."))))
+        client.engine_ended("with status 1")
+        await until(lambda: client.state is EngineState.DEAD)
+        frames = []
+        for _ in range(3):
+            with pytest.raises(EngineDeadError, match=r"it was tired\.") as raised:
+                client.check_serving()
+            frames.append(len(raised.traceback))
+        assert frames[0] == frames[1] == frames[2]
+
+
 @pytest.mark.parametrize("told", [False, True])
 async def test_an_engine_that_had_ended_before_anybody_watched(tmp_path: Path, told: bool) -> None:
     """A client that connects to an engine that has already ended finds it dead, and says how it
