@@ -127,8 +127,8 @@ class KernelProcess:
         found: Compiled | str = said
         return found
 
-    def is_gone(self) -> bool:
-        """End the process if it runs, and return whether it has ended. The system takes some tens
+    def kill(self) -> bool:
+        """Kill the process if it runs, and return whether it has ended. The system takes some tens
         of milliseconds to free its memory, in which `close` would wait."""
         self._process.kill()
         return self._process.exit_status is not None

@@ -140,7 +140,7 @@ def compiled_meanwhile(job: KernelJob) -> Generator[None, None, str]:
     try:
         while (found := process.poll(lambda done, total: None)) is None:
             yield
-        while not process.is_gone():
+        while not process.kill():
             yield
     finally:
         process.close()
