@@ -123,13 +123,13 @@ class KVEventPublisher:
     def _open(
         self, socket: zmq.Socket[bytes], setting: str, endpoint: str, private_dir: Path
     ) -> None:
-        """Let subscribers reach a socket at an address of this machine, or connect it to one of a
-        subscriber that waits for it; as in vLLM, one with a wildcard waits, and so does a replay
-        endpoint in any case."""
-        waits = socket.type == zmq.ROUTER or "*" in endpoint or "::" in endpoint
+        """Wait for subscribers at an endpoint, or connect the socket to the one subscriber that
+        waits there. As in vLLM, the engine waits at an endpoint with a wildcard, at a path, and for
+        replays in any case."""
+        is_replay = socket.type == zmq.ROUTER
         try:
-            if waits or endpoint.startswith("ipc://"):
-                inside = private_dir / ("kv-rep" if socket.type == zmq.ROUTER else "kv-pub")
+            if is_replay or "*" in endpoint or "::" in endpoint or endpoint.startswith("ipc://"):
+                inside = private_dir / ("kv-rep" if is_replay else "kv-pub")
                 socket.bind(f"ipc://{inside}")
                 self._relay.listen(endpoint, inside)
             else:

@@ -58,14 +58,14 @@ _TCP = re.compile(r"tcp://(.+):([0-9]{1,5})")
 class _Connection:
     """A peer, and the connection inside that belongs to it."""
 
-    def __init__(self, relay: Relay, door: _Door, peer: socket.socket) -> None:
+    def __init__(self, relay: Relay, endpoint: _Endpoint, peer: socket.socket) -> None:
         """Connect inside. Raises OSError if that is not possible."""
-        self._relay, self._door, self._peer = relay, door, peer
+        self._relay, self._endpoint, self._peer = relay, endpoint, peer
         self._num_received = 0
         self._to_inside = self._to_peer = memoryview(b"")
         self._inside = socket.socket(socket.AF_UNIX)
         try:
-            self._inside.connect(str(door.inside))
+            self._inside.connect(str(endpoint.inside))
             for each in (peer, self._inside):
                 each.setblocking(False)
             if peer.family != socket.AF_UNIX:
@@ -80,8 +80,8 @@ class _Connection:
 
     def close(self) -> None:
         """End both connections. May be called again."""
-        if self in self._door.connections:
-            self._door.connections.remove(self)
+        if self in self._endpoint.connections:
+            self._endpoint.connections.remove(self)
             self._relay.inward.unregister(self._peer)
             self._relay.outward.unregister(self._peer if self._to_peer else self._inside)
             self._peer.close()
@@ -89,7 +89,7 @@ class _Connection:
 
     def _or_close(self, step: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:
-            if self not in self._door.connections:
+            if self not in self._endpoint.connections:
                 return  # closed by an event of the same turn
             try:
                 step()
@@ -139,7 +139,7 @@ class _Connection:
         self._to_peer = rest
 
 
-class _Door:
+class _Endpoint:
     """A socket at which peers arrive, and the path of the socket inside."""
 
     def __init__(self, relay: Relay, listener: socket.socket, inside: Path) -> None:
@@ -172,7 +172,7 @@ class _Door:
 
 
 class Relay:
-    """Doors for strangers, and the thread that carries what passes through them.
+    """Endpoints for strangers, and the thread that carries bytes to and from the sockets inside.
 
     inward: what comes from peers, which is read in turns.
     outward: what is for peers.
@@ -181,7 +181,7 @@ class Relay:
 
     def __init__(self) -> None:
         self.inward, self.outward = selectors.DefaultSelector(), selectors.DefaultSelector()
-        self._doors: list[_Door] = []
+        self._endpoints: list[_Endpoint] = []
         self._next_turn: float | None = None
         """When peers are read again; None if they are read as soon as one has sent something."""
         self._end: float | None = None
@@ -194,12 +194,12 @@ class Relay:
         """Let peers at an endpoint (tcp://HOST:PORT, where * is any IPv4 address, or ipc://PATH)
         reach the unix socket at a path. May be called before `start`. Raises OSError if nobody can
         be listened to there."""
-        self._doors.append(_Door(self, _listener(endpoint), inside))
+        self._endpoints.append(_Endpoint(self, _listener(endpoint), inside))
 
     @property
     def num_peers(self) -> int:
         """Number of connections of strangers."""
-        return sum(len(door.connections) for door in self._doors)
+        return sum(len(endpoint.connections) for endpoint in self._endpoints)
 
     def start(self) -> None:
         """Begin to carry bytes."""
@@ -229,12 +229,12 @@ class Relay:
             self._carry(None)
             time.sleep(GATHER_SECONDS)
         self.outward.unregister(self._wakeup)
-        for door in self._doors:
-            door.close()
+        for endpoint in self._endpoints:
+            endpoint.close()
         while self.num_peers and time.monotonic() < self._end:
             self._carry(PAUSE_SECONDS)
-        for door in self._doors:
-            for connection in list(door.connections):
+        for endpoint in self._endpoints:
+            for connection in list(endpoint.connections):
                 connection.close()
         for each in (self._wakeup, self.inward, self.outward):
             each.close()
