@@ -259,7 +259,7 @@ def _time(runner: ModelRunner, trial: StepTrial, generation: Generation, turn: T
     not quite that by which they have delayed the trial."""
     for _ in range(2):
         with Visit(runner, trial, generation, turn) as visit:
-            turn.begin_part(f"{trial.name}: a run that is timed")  # and makes no way before it
+            turn.begin_part(f"{trial.name}: a run that is timed")
             ms = trial.time(runner.graphs.get(trial.key)) - 1000 * visit.seconds_away
         if not visit.seconds_away:
             break

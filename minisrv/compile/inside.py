@@ -66,9 +66,11 @@ def _call(node: fx.Node, describe: Callable[[fx.Node], Operand]) -> KernelCall:
 
 def _operand(node: fx.Node, arguments: Sequence[fx.Node], rows: torch.SymInt) -> Operand:
     value: Tensor = example(node)
-    places = [i for i, given in enumerate(arguments) if storage(given) == storage(node)]
-    # Several arguments may be parts of one memory.
-    place = next(iter([*(i for i in places if arguments[i] is node), *places]), None)
+    if node in arguments:  # several arguments may be parts of one memory
+        place: int | None = arguments.index(node)
+    else:
+        places = (i for i, given in enumerate(arguments) if storage(given) == storage(node))
+        place = next(places, None)
     offset: Any = value.storage_offset()
     if place is not None:
         offset = offset - example(arguments[place]).storage_offset()

@@ -119,7 +119,9 @@ class RehearsedPiece(Piece):
         def size(of: Size) -> int:
             return of[0] + rows * of[1]
 
-        def tensor(operand: Operand) -> Tensor:
+        def tensor(operand: Operand | None) -> Tensor | None:
+            if operand is None:
+                return None
             shape, strides = (list(map(size, each)) for each in (operand.shape, operand.strides))
             offset, dtype = size(operand.offset), getattr(torch, operand.dtype)
             if operand.argument is not None:
@@ -131,8 +133,8 @@ class RehearsedPiece(Piece):
 
         for call in self._kernels.calls:
             operands = [
-                list(map(tensor, one)) if isinstance(one, list) else one and tensor(one)
-                for one in call.operands  # some are None
+                list(map(tensor, one)) if isinstance(one, list) else tensor(one)
+                for one in call.operands
             ]
             getattr(torch.ops.minisrv, call.op)(*operands, **call.settings)
 

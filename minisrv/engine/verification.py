@@ -55,11 +55,12 @@ of memory."""
 class Verification:
     """Verifies steps of one engine. No error of it ends the engine.
 
-    No step is recorded while other work between steps has something to do, such as the rest of the
-    ladder, or while the step before it that was recorded is being verified, or without free blocks
-    for its copies. The first step behind it that can be is recorded in place of one that was drawn.
+    Each step that runs by graphs is drawn with the same probability. A step that is drawn is not
+    recorded while other work between steps has something to do, such as the rest of the ladder,
+    while an earlier step is being verified, or without free blocks for its copies. The next step
+    that can be recorded then takes its place.
 
-    rate: the share of the steps that run by graphs which are verified, from 0 to 1.
+    rate: the probability that a step is drawn, from 0 to 1.
     quarantine: is called with the key of a graph that is to be taken out of service, and why.
     counts: the number of steps by what became of their verification.
     is_pending: whether a step has been launched that is to be verified, or is being verified.

@@ -93,7 +93,7 @@ are very few programs. With more programs, each fills the gaps of the others, an
 warp does not wait for another warp."""
 
 WIDE_HEAD = 256
-"""Number of elements, of 16 bits, of the heads of `DECODE_WIDE`."""
+"""Minimum number of elements, of 16 bits, of a head for which `DECODE_WIDE` is used."""
 
 MIN_SHARE = 128
 MAX_SPLITS = 64
@@ -111,8 +111,8 @@ COMBINED = 2048
 """Number of elements of shares that a warp combines at once."""
 
 FEW_SHARES = 8
-"""Number of shares, of those that a row may have, which are combined by themselves if there are no
-more: a program that has room for all of them takes two microseconds more."""
+"""A row that is split into at most so many shares is combined by code with room for so many. Code
+with room for as many shares as a row may have takes two microseconds more."""
 
 
 def attention(
@@ -267,8 +267,10 @@ def _attend_single(
         grid = (programs,)
     block_s = triton.next_power_of_2(splits)
     few = min(FEW_SHARES, block_s)
-    at_once = triton.next_power_of_2(group), COMBINED * warps // block_d
-    queries, few_queries = (max(1, min(at_once[0], at_once[1] // n)) for n in (block_s, few))
+    queries, few_queries = (
+        max(1, min(triton.next_power_of_2(group), COMBINED * warps // (shares * block_d)))
+        for shares in (block_s, few)
+    )
     partial = sums = arrived = None
     if splits > 1:
         parts = programs * group
@@ -316,7 +318,7 @@ def _attend_single(
 def decode_shape(programs: int, multiprocessors: int, *, wide: bool) -> DecodeShape:
     """Return the shape for `programs`, the number of rows times key heads.
 
-    wide: whether the heads are those of `DECODE_WIDE`.
+    wide: whether the heads are as wide as `DECODE_WIDE` is for.
     """
     if wide and 16 * programs <= multiprocessors:
         return DECODE_WIDE
