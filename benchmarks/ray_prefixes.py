@@ -9,7 +9,7 @@ Starts Ray on this machine, and an application with the default model behind one
 reads bodies. Sends the same requests as `kv_routing.py` with the same options, at random times (a
 Poisson process).
 
-Needs `pip install 'minisrv[ray]' httpx`.
+Needs `pip install '.[ray]' httpx`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import ray  # noqa: F401
     except ImportError:
-        sys.exit("ray is not installed; this script needs: pip install 'minisrv[ray]' httpx")
+        sys.exit("ray is not installed; this script needs: pip install '.[ray]' httpx")
     report = run(options)
     for name, value in report["seen"].items():
         print(f"{name:>14} {value:10.3f}")
