@@ -1,4 +1,4 @@
-"""Random requests to random engines that change meanwhile: is each answer that of the lone request?
+"""Compares answers of random engines that change meanwhile with answers to requests that run alone.
 
     python benchmarks/combinations.py --engines 100 --requests 400 --processes 2 --json F
 
@@ -90,15 +90,21 @@ from minisrv.request import EngineOutput, EngineRequest, Pooling, SamplingParams
 
 WORKERS = (b"api-0", b"api-1")
 HANGS = 200_000
-"""Turns of the engine's loop without a token, or at the end without an end."""
+"""Number of turns of the engine's loop without a token, or without an end of the work between
+steps, after which the engine is taken to hang."""
 EVENTS = 0.08
-"""Of the steps, something happens before these while nothing else does."""
+"""The probability that something begins to happen before a step while nothing else does."""
 EMBEDDING_TOLERANCE = 1e-3
 
 
 class Changes(NamedTuple):
-    """Of one engine. polls: looks at the compilation until it is done; 0 without one. failing: of
-    the certifications. turn: in seconds. whatever else happens is said by its name."""
+    """What changes in one engine, and how often.
+
+    polls: the number of looks at the compilation until it is done; 0 without a compilation.
+    turn: the duration of a turn of the work between steps, in seconds.
+    failing: the probability that a certification fails.
+    happens: the names of the other events.
+    """
 
     verify: float
     refits: bool
@@ -113,7 +119,7 @@ class Changes(NamedTuple):
 
 
 def draw_changes(rng: random.Random) -> Changes:
-    """As many at a time as there may be."""
+    """Draw the changes of an engine, as many of which as possible happen at the same time."""
     kinds = {"sleep": 0.7, "quarantine": 0.3, "death": 0.3, "embedding": 0.5}
     compiles = rng.random() < 0.4 and missing_to_compile("cpu") is None
     return Changes(
@@ -134,7 +140,7 @@ def draw_changes(rng: random.Random) -> Changes:
 
 
 class Line:
-    """In the place of an engine's socket: what is sent has arrived."""
+    """Takes the place of an engine's socket: what is sent has arrived at once."""
 
     def __init__(self) -> None:
         self.to_engine: deque[list[bytes]] = deque()
@@ -151,7 +157,10 @@ class Line:
 
 
 class Reader:
-    """Of the events of a prefix cache. known: the hashes of what is in it."""
+    """Reads the events of a prefix cache.
+
+    known: the hashes of the blocks that are in it.
+    """
 
     def __init__(self) -> None:
         self.known: set[int] = set()
@@ -170,7 +179,7 @@ class Reader:
 
 
 class LateProcess:
-    """Has made a program when it has been looked at so often."""
+    """A process of a compiler whose program is there after a number of looks at it."""
 
     done, total = 1, 3
 
@@ -186,24 +195,24 @@ class LateProcess:
 
 
 class LateCompiler(PieceCompiler):
-    """Waits for the compiler at once, and tells later. Whatever is found to be wrong with a program
-    is not remembered: another engine is to find it too."""
+    """A compiler that has finished when it is started, and says so later. It does not remember what
+    is wrong with a program, so that another engine finds it too."""
 
     def __init__(self, job: CompileJob, model: Any, polls: int) -> None:
         super().__init__(job, model)
         self._late_by = polls
 
     def find(self) -> None:
-        """Nothing, so that no program serves from the start."""
+        """Find nothing, so that no program serves from the start."""
 
     def slowness(self, steps: str) -> None:
-        """Nothing."""
+        """Know of no program that was too slow."""
 
     def discard(self, directory: Path) -> None:
-        """Nothing happens."""
+        """Do nothing."""
 
     def remember_slowness(self, directory: Path, steps: str, speedup: float) -> None:
-        """Nothing happens."""
+        """Do nothing."""
 
     def start(self) -> Any:
         made = self._job.kept_program()
@@ -221,8 +230,10 @@ class LateCompiler(PieceCompiler):
 class Served(Engine):
     """An engine behind its process's loop, with two workers.
 
-    num_tokens: those that have come. owed: commands that are not answered, by worker.
-    embeddings: the sums that have come, by request. failed: what ended other ones.
+    num_tokens: the number of tokens that have come.
+    owed: the number of commands that are not answered yet, by worker.
+    embeddings: the sums of hidden states that have come, by request.
+    failed: the kind of the error that ended a request for an embedding, by request.
     """
 
     def __init__(self, server: _EngineServer, checkpoint: Checkpoint, rng: random.Random) -> None:
@@ -242,7 +253,7 @@ class Served(Engine):
         self._line.to_engine.append([worker, encode(message)])
 
     def command(self, *commands: Command) -> None:
-        """Let any worker send each."""
+        """Send commands, each by a worker that is drawn."""
         for command in commands:
             worker = self._rng.choice(WORKERS)
             self._send(worker, command)
@@ -255,7 +266,7 @@ class Served(Engine):
         self.submit([EngineRequest(request_id=name, prompt_token_ids=prompt, params=params)])
 
     def replace_worker(self) -> list[Asking]:
-        """Let a worker die and another take its place. Returns what it had open."""
+        """Let a worker die and another take its place. Return the open requests of the dead one."""
         dead = self._rng.choice(WORKERS)
         asked = list(self.open.values())
         lost = [each for each in asked if self._has(dead, each.generation.requests[0])]
@@ -316,7 +327,7 @@ class Served(Engine):
 
 
 class Combination(Crowd):
-    """One engine's part, with what happens to it."""
+    """The requests to one engine, with what happens to it meanwhile."""
 
     script = "combinations.py"
 
@@ -545,7 +556,7 @@ class Combination(Crowd):
     # ---- checks ------------------------------------------------------------------------------
 
     def _judge_embeddings(self, engine: Served) -> None:
-        """Compare each with that of the lone engine."""
+        """Compare each embedding with that of the lone engine."""
         core = None if self._alone is None else self._alone.core
         for name, found in engine.embeddings.items() if core is not None else ():
             if (kind := engine.failed.get(name)) is not None:
@@ -612,7 +623,7 @@ class Combination(Crowd):
 
 
 def _traced(core: EngineCore) -> list[TracedStep]:
-    """All steps of an engine."""
+    """Return the records of all steps of an engine."""
     trace, found = core.step_trace, list[TracedStep]()
     assert trace is not None, "it was asked for"
     while True:
@@ -624,13 +635,13 @@ def _traced(core: EngineCore) -> list[TracedStep]:
 
 
 def num_graphs() -> int:
-    """Those in this process."""
+    """Return the number of graphs in this process."""
     gc.collect()
     return sum(type(each) is CapturedGraph for each in gc.get_objects())
 
 
 def num_threads() -> int:
-    """Those of work between steps."""
+    """Return the number of threads of work between steps."""
     return sum(each.name == "minisrv-turns" for each in threading.enumerate())
 
 
