@@ -52,12 +52,14 @@ class PromptReader:
                 messages = self._replicas.remote(request)
             else:  # Ray's router for prefixes expects a prompt in a positional argument
                 messages = self._replicas.remote(request=request)
+            has_begun = False
             try:
                 async for message in messages:
+                    has_begun = True
                     await send(message)
                 return
-            except EngineDeadError:  # nothing has been sent
-                if time.monotonic() > deadline:
+            except EngineDeadError:
+                if has_begun or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
