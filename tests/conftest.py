@@ -6,9 +6,10 @@ thread, as several tests run at a time, and Hypothesis to measure no times.
 A process that runs tests has imported nearly everything and holds almost a million objects, through
 which each full garbage collection would go for half a second, and every engine makes one when it
 captures its graphs. So what is there once all tests are collected is frozen: hidden from the
-garbage collector. So is what the tests of a file leave, such as modules that they import and
-applications that FastAPI keeps in a cache, which comes to as much again. Compiled modules are kept
-on disk whatever the environment says, as hundreds of processes import them.
+garbage collector. So is what the tests of a file leave, such as modules that they import. FastAPI's
+caches, which keep every application of a test, are emptied then; they came to as many objects
+again. Compiled modules are kept on disk whatever the environment says, as hundreds of processes
+import them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fastapi.dependencies.models
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -59,9 +61,13 @@ QUICK = ("core", "graph", "nn", "runner", "server", "text", "tools")
 MANY_OBJECTS = 20_000
 """Number of objects through which a full garbage collection goes in about 10 ms."""
 
-NOT_QUICK = ("test_compile.py", "test_transformers_model.py", "test_openapi.py")
-"""Files in these directories that compile models, make one of every architecture, or search for
-bodies at random for a minute."""
+NOT_QUICK = (
+    *("test_compile.py", "test_transformers_model.py", "test_openapi.py"),
+    *("test_certify.py", "test_traps.py", "test_hostile_checkpoints.py", "test_learn.py"),
+)
+"""Files in these directories that compile models, make one of every architecture, search for bodies
+at random for a minute, sweep or break graphs, or try thousands of broken checkpoints. What graphs
+are certified for is in test_certification.py, which is quick."""
 
 
 @pytest.fixture
@@ -95,9 +101,13 @@ class Freezer:
         self.used = False
 
     def freeze_what_is_left(self) -> None:
-        """Freeze what a file of tests has left beside the objects that are frozen."""
+        """Freeze what a file of tests has left beside the objects that are frozen, except for
+        applications, which FastAPI would keep in its caches."""
         if len(gc.get_objects()) < MANY_OBJECTS:
             return
+        for cached in vars(fastapi.dependencies.models).values():
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
         gc.collect()
         self._num_frozen += len(gc.get_objects())
         self._freeze()
