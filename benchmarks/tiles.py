@@ -51,10 +51,10 @@ def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
     matrices = 1 + product.gated
     if rows == 1:
         for outputs in (1, 2, 4, 8, 16):
-            for depth in (512, 1024, 2048, 4096, 8192):
+            for depth in (128, 256, 512, 1024, 2048, 4096, 8192):
                 for warps in (1, 2, 4, 8):
                     elements = matrices * outputs * depth // (32 * warps)
-                    wide = depth < 2 * product.k and 256 * warps <= depth <= 1024 * warps
+                    wide = depth < 2 * product.k and 128 * warps <= depth <= 1024 * warps
                     if wide and 16 <= elements <= MAX_SUMS:
                         yield GemvTile(outputs, depth, warps)
         return

@@ -112,7 +112,7 @@ COMBINED = 2048
 
 FEW_SHARES = 8
 """A row that is split into at most so many shares is combined by code with room for so many. Code
-with room for as many shares as a row may have takes two microseconds more."""
+with room for as many shares as a row may have is slower: most of its loads are masked."""
 
 
 def attention(
