@@ -45,7 +45,7 @@ def time_of(run: Callable[[], object]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return median_us(graph)
+    return median_us(graph.replay)
 
 
 def library_us(model: ModelConfig, batch: int, context: int, layers: int) -> float:

@@ -1,41 +1,49 @@
-"""The layers of a decoder in one CUDA graph, without an engine, to compare kernels in.
+"""Decode steps in CUDA graphs, to compare kernels in.
 
-`Layers` is a model of random weights with a KV cache of random entries; `capture` records its
-forward pass and output projection for a decode batch whose contexts have the same length. Kernels
-that are timed alone, again and again, look faster than they are: here each runs after the same
-kernel as in a step, and reads weights that no kernel has read since the step before.
+Kernels that are timed alone, again and again, look faster than they are, and others than in a step
+look fastest. Here each runs behind the same kernel as in a step, and reads weights that no kernel
+has read since the step before. `DecodeSteps` captures whole steps of an engine; `Paged` has the
+arguments of one kernel of attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from minisrv.checkpoint import describe_model
-from minisrv.graph.forward_context import ForwardContext, set_forward_context
-from minisrv.kernels import AttentionMetadata
+from minisrv.certification.batches import BatchRow
+from minisrv.certification.compare import InitialState
+from minisrv.certification.trial import GREEDY, StepTrial, TrialSpace
+from minisrv.config import EngineConfig
+from minisrv.engine.builder import build_engine
 from minisrv.model_config import ModelConfig
-from minisrv.modes import BatchDescriptor, CUDAGraphMode
-from minisrv.nn.loader import load_model
 
 BLOCK_SIZE = 16
 WARM_UP = 3
 REPLAYS = 10
 
+MAX_CONTEXT = 2048
+"""Maximum number of tokens of a request of `DecodeSteps`."""
 
-def median_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Return the median of the microseconds that replays of `graph` take on the GPU."""
+
+def median_us(replay: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
+    """Return the median of the microseconds that replays of a graph take on the GPU.
+
+    before: is called before each of them, and takes no part in the time.
+    """
     times = []
-    for replay in range(WARM_UP + REPLAYS):
+    for number in range(WARM_UP + REPLAYS):
+        before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
-        if replay >= WARM_UP:
+        if number >= WARM_UP:
             times.append(1e3 * begin.elapsed_time(end))
     return median(times)
 
@@ -63,46 +71,58 @@ class Paged:
         return torch.randn(*shape, dtype=torch.bfloat16, device=self.table.device)
 
 
-class Layers:
-    """A model with random bfloat16 weights, of the shape in the config.json of a directory."""
+class DecodeSteps:
+    """An engine with random weights in bfloat16, of the shape in the config.json of a directory.
+    A model in transformers' code is compiled, as it is where it serves."""
 
-    def __init__(self, directory: Path) -> None:
-        self.config = config = describe_model(directory).model
-        with torch.no_grad():
-            self.model = load_model(
-                config, None, dtype=torch.bfloat16, device="cuda", load_format="dummy"
+    def __init__(self, directory: Path, batches: Sequence[int]) -> None:
+        """Build the engine, for decode batches of these numbers of requests."""
+        parts = build_engine(
+            EngineConfig(
+                model=str(directory),
+                dtype="bfloat16",
+                load_format="dummy",
+                max_model_len=MAX_CONTEXT,
+                max_num_seqs=max(batches),
+                max_num_batched_tokens=max(batches),
+                num_kv_blocks=1 + max(batches) * MAX_CONTEXT // BLOCK_SIZE,
+                block_size=BLOCK_SIZE,
+                cudagraph_capture="whole",
+                cudagraph_capture_sizes=tuple(batches),
+                compile_wait=True,
             )
-            self.model.prepare()
+        )
+        self.runner, self._dispatch = parts.runner, parts.dispatcher.dispatch
+        pool = parts.scheduler.block_pool
+        self._space = TrialSpace.of(self.runner, pool.reserve(pool.num_free))
+
+    def capture(self, batch: int, context: int) -> DecodeStep:
+        """Capture the step in which `batch` requests with `context` tokens each decode. What the
+        graph reads is in the engine's buffers, so only the last graph may be replayed."""
+        key = self._dispatch(batch, batch, query_len=1).key
+        rows = batch * (BatchRow(context - 1, 1, is_decode=True),)
+        return DecodeStep(StepTrial(self.runner, self._space, key, rows, params=[GREEDY]))
+
+
+class DecodeStep:
+    """A captured step, which can be repeated."""
 
     @torch.no_grad()
-    def capture(self, rows: int, context: int) -> torch.cuda.CUDAGraph:
-        """Capture the layers and logits of a decode step of `rows` requests. The tensors that the
-        graph reads are kept until the next capture, so only the last graph may be replayed."""
-        config, paged = self.config, Paged(rows, context)
-        self.model.allocate_buffers(rows)
-        self.model.bind_kv_cache([paged.cache(config) for _ in range(config.num_layers)])
+    def __init__(self, trial: StepTrial) -> None:
+        self._trial = trial
+        trial.reset(InitialState.CLEAN)
+        trial.run(None)  # kernels are compiled before the capture
+        graph = trial.runner.capture(trial.key)
+        trial.reset(InitialState.CLEAN)
+        trial.run(graph)
+        self.replay = graph.replay
 
-        attn = AttentionMetadata(
-            slot_mapping=paged.slots,
-            block_table=paged.table,
-            seq_lens=paged.lengths,
-            query_start_loc=paged.starts,
-            max_query_len=1,
-        )
-        ids = torch.randint(0, config.vocab_size, (rows,), device="cuda")
-        hidden = torch.randn(rows, config.hidden_size, dtype=torch.bfloat16, device="cuda")
-        layers = self.model.attention_layers
-        step = ForwardContext(CUDAGraphMode.FULL, BatchDescriptor(rows, rows, 1), attn, layers)
+    def restart(self) -> None:
+        """Let the next replay compute the same token again, and not the one behind it."""
+        trial, tensors = self._trial, self._trial.runner.request_tensors
+        tensors.last_token[trial.req_indices] = trial.last_token
+        tensors.next_position[trial.req_indices] = trial.next_position
 
-        def run() -> None:
-            with set_forward_context(step):
-                self.model(ids, paged.positions, hidden)
-                self.model.compute_logits(hidden)
-
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        self._read = ids, hidden, paged
-        return graph
+    def median_us(self) -> float:
+        """Return the median of the microseconds that the step takes on the GPU."""
+        return median_us(self.replay, self.restart)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.tiles benchmarks/configs/qwen3-0.6b --rows 1,8,32 --json F
 
-First all candidate tiles are compiled, by many processes. Then each projection in turn gets the
-candidate with which a graph of all layers is fastest (coordinate descent in two rounds, which take
+The products are those of a decode step, for a model in transformers' code of the compiled one.
+First all candidate tiles are compiled, by many processes. Then each product in turn gets the
+candidate with which the graph of the step is fastest (coordinate descent in two rounds, which take
 half a minute for each number of rows). The script prints lines for
 `minisrv.kernels.tiles.MEASURED`, each with the tile that `minisrv.kernels.tiles.tile` chooses now.
 A shape needs such a line if that choice is slower by more than the noise, which is about 1%.
@@ -14,19 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.layers import Layers, median_us
-from minisrv.checkpoint import describe_model
+from benchmarks.layers import DecodeSteps
+from minisrv.errors import MinisrvError
 from minisrv.kernels import tiles
 from minisrv.kernels.tiles import (
     IN_FLIGHT,
@@ -39,10 +41,48 @@ from minisrv.kernels.tiles import (
     part_registers,
 )
 from minisrv.tools.environment import environment
-from minisrv.tools.plan import Product, products
 
 CONTEXT = 120
 WORKERS = 14
+
+
+class Product(NamedTuple):
+    """A product of a step: the shape [n, k] of its weight, and whether its result is gated, or
+    added to what its output holds, and its rows are normed (see `skinny_gemm_op` in
+    `kernels.linear`)."""
+
+    n: int
+    k: int
+    gated: bool
+    add: bool
+    normed: bool
+
+
+@contextmanager
+def choosing(choose: Callable[..., Tile | None]) -> Iterator[None]:
+    """Let `choose` have the arguments of `tiles.tile` in its place for the block."""
+    rule = tiles.tile
+    tiles.tile = choose
+    try:
+        yield
+    finally:
+        tiles.tile = rule
+
+
+def products(steps: DecodeSteps, rows: int) -> list[Product]:
+    """Return the products of so many rows in a decode step, in their order."""
+    rule, normed_by = tiles.tile, dict[tuple[int, int, bool, bool], bool]()
+
+    def record(
+        rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool, normed: bool = True
+    ) -> Tile | None:
+        key = n, k, gated, add
+        normed_by[key] = normed_by.get(key, True) and normed
+        return rule(rows, n, k, itemsize, gated=gated, add=add, normed=normed)
+
+    with choosing(record):
+        steps.capture(rows, CONTEXT)
+    return [Product(*key, normed) for key, normed in normed_by.items()]
 
 
 def candidates(rows: int, product: Product) -> Iterator[Tile | None]:
@@ -83,11 +123,11 @@ def compiled(job: tuple[int, Product, Tile | None]) -> bool:
     """
     from minisrv.kernels.triton_linear import multiply
 
-    rows, (name, n, k, gated, add), tile = job
+    rows, (n, k, gated, add, normed), tile = job
     if tile is None:
         return True
     draw = partial(torch.zeros, device="cuda", dtype=torch.bfloat16)
-    norm = None if add or name == "lm_head" else draw(k)
+    norm = draw(k) if normed and not add else None
     try:
         x, weight, out = draw(rows, k), draw(n, k), draw(rows, n // 2 if gated else n)
         multiply(x, weight, None, norm, out, 1e-6, "silu" if gated else None, add, tile)
@@ -97,38 +137,42 @@ def compiled(job: tuple[int, Product, Tile | None]) -> bool:
     return True
 
 
-def descend(layers: Layers, rows: int, found: dict[Product, list[Tile | None]]) -> dict[str, Any]:
+def descend(
+    steps: DecodeSteps, rows: int, found: dict[Product, list[Tile | None]]
+) -> dict[str, Any]:
     """Find the best tiles for so many rows by coordinate descent. Each product begins with the
     choice of `tile`.
 
     found: the candidates for each product.
     """
-    chosen = {p[1:]: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in found}
-    rule = tiles.tile
-    tiles.tile = lambda rows, n, k, itemsize, *, gated, add, normed=True: chosen[n, k, gated, add]
-    first = best = median_us(layers.capture(rows, CONTEXT))
-    own, log = dict(chosen), []
-    for _ in range(2):
-        for product, choices in found.items():
-            key = product[1:]
-            for candidate in choices:
-                before, chosen[key] = chosen[key], candidate
-                us = median_us(layers.capture(rows, CONTEXT))
-                log.append((product.name, tiles.describe(candidate), round(us, 1)))
-                if us < best:
-                    best = us
-                else:
-                    chosen[key] = before
-    tiles.tile = rule
-    names = {
-        product.name: {
-            "shape": product[1:],
-            "own": tiles.describe(own[product[1:]]),
-            "best": repr(chosen[product[1:]]),
-        }
-        for product in found
+    own = {
+        p: tiles.tile(rows, p.n, p.k, 2, gated=p.gated, add=p.add, normed=p.normed) for p in found
     }
-    return {"rows": rows, "own_us": first, "best_us": best, "products": names, "log": log}
+    chosen = {product[:4]: tile for product, tile in own.items()}
+    log = []
+
+    def choose(
+        rows: int, n: int, k: int, itemsize: int, *, gated: bool, add: bool, normed: bool = True
+    ) -> Tile | None:
+        return chosen[n, k, gated, add]
+
+    with choosing(choose):
+        first = best = steps.capture(rows, CONTEXT).median_us()
+        for _ in range(2):
+            for product, choices in found.items():
+                key = product[:4]
+                for candidate in choices:
+                    before, chosen[key] = chosen[key], candidate
+                    us = steps.capture(rows, CONTEXT).median_us()
+                    log.append((product, tiles.describe(candidate), round(us, 1)))
+                    if us < best:
+                        best = us
+                    else:
+                        chosen[key] = before
+    shown = [
+        {"shape": p[:4], "own": tiles.describe(own[p]), "best": repr(chosen[p[:4]])} for p in found
+    ]
+    return {"rows": rows, "own_us": first, "best_us": best, "products": shown, "log": log}
 
 
 def main() -> None:
@@ -139,24 +183,29 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU, and torch finds none")
-    console, model = Console(), describe_model(options.model).model
-    numbers = [int(rows) for rows in options.rows.split(",")]
-    jobs = [(r, p, tile) for r in numbers for p in products(model) for tile in candidates(r, p)]
+    console, numbers = Console(), [int(rows) for rows in options.rows.split(",")]
+    try:
+        steps = DecodeSteps(options.model, numbers)
+    except MinisrvError as error:
+        parser.error(error.message)
+    jobs = [(r, p, tile) for r in numbers for p in products(steps, r) for tile in candidates(r, p)]
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         ran = list(track(pool.map(compiled, jobs, chunksize=4), "compiling", len(jobs)))
-    layers, results = Layers(options.model), []
+    results = []
     for rows in numbers:
-        found: dict[Product, list[Tile | None]] = {product: [] for product in products(model)}
+        found: dict[Product, list[Tile | None]] = {
+            product: [] for r, product, _ in jobs if r == rows
+        }
         for (number, product, tile), fits in zip(jobs, ran, strict=True):
             if fits and number == rows:
                 found[product].append(tile)
-        results.append(result := descend(layers, rows, found))
+        results.append(result := descend(steps, rows, found))
         own_us, best_us = result["own_us"], result["best_us"]
         console.print(f"{rows} rows: {own_us:.0f} us as chosen, {best_us:.0f} with the best")
         bucket = next(bucket for bucket in tiles.ROW_BUCKETS if rows <= bucket)
-        for name, found_here in result["products"].items():
-            line = f"{(bucket, *found_here['shape'])}: {found_here['best']},"
-            console.print(f"    {line}  # {name}; now {found_here['own']}")
+        for product in result["products"]:
+            line = f"{(bucket, *product['shape'])}: {product['best']},"
+            console.print(f"    {line}  # now {product['own']}", highlight=False)
     if options.json is not None:
         report = {"environment": msgspec.to_builtins(environment()), "results": results}
         options.json.write_text(json.dumps(report) + "\n")

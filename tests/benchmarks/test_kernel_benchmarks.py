@@ -9,18 +9,20 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import NoneType
+from typing import NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 from benchmarks import step_kernels, tiles
+from benchmarks.layers import DecodeSteps
 from benchmarks.prompt_attention import Step
-from benchmarks.tiles import candidates
+from benchmarks.tiles import Product, candidates
 from minisrv import kernels
 from minisrv.checkpoint import describe_model
 from minisrv.kernels.tiles import GemvTile, SlicedTile, TallTile, tile
-from minisrv.tools.plan import products
+from minisrv.tools import plan
 
 ROOT = Path(__file__).parents[2]
 QWEN = ROOT / "benchmarks/configs/qwen3-0.6b"
@@ -49,28 +51,85 @@ def test_a_kernel_takes_from_the_end_before_it_to_its_own() -> None:
     assert [(kernel["name"], kernel["us"]) for kernel in second] == [("_gemv", 3), ("_decode", 4)]
 
 
+def products_of(directory: Path) -> list[Product]:
+    """Return the products of a layer and the output projection, of which the first is normed, the
+    gated one too, and the others are not."""
+    model = describe_model(directory).model
+    return [Product(*p[1:], normed=p.name in ("qkv", "gate_up")) for p in plan.products(model)]
+
+
 @pytest.mark.parametrize(
     ("rows", "kinds"), [(1, {GemvTile}), (8, {SlicedTile, TallTile, NoneType})]
 )
 def test_every_product_has_candidates(rows: int, kinds: set[type]) -> None:
-    for product in products(describe_model(QWEN).model):
+    for product in products_of(QWEN):
         found = list(candidates(rows, product))
         assert len(found) > 10
         assert len(set(found)) == len(found)
         assert {type(tile) for tile in found} == kinds
 
 
-class FakeLayers:
-    """Stands for layers whose graph takes as long as its tiles have outputs, so that the best tile
-    is the one with the fewest."""
+class FakeStep(NamedTuple):
+    """Stands for a step that takes `us` microseconds."""
 
-    def __init__(self, directory: Path) -> None:
-        self.products = products(describe_model(directory).model)
+    us: float
 
-    def capture(self, rows: int, context: int) -> int:
-        of = kernels.tiles.tile
-        tiles = (of(rows, p.n, p.k, 2, gated=p.gated, add=p.add) for p in self.products)
-        return sum(999 if tile is None else tile.outputs for tile in tiles)
+    def median_us(self) -> float:
+        return self.us
+
+
+class FakeSteps:
+    """Stands for steps that take as long as their tiles have outputs, so that the best tile is the
+    one with the fewest."""
+
+    def __init__(self, directory: Path, batches: list[int]) -> None:
+        self.products = products_of(directory)
+
+    def capture(self, rows: int, context: int) -> FakeStep:
+        of, total = kernels.tiles.tile, 0
+        for p in self.products:
+            # As in a step, where it is asked whether there is a tile before it is known which.
+            assert of(rows, p.n, p.k, 2, gated=p.gated, add=p.add) is not None or rows > 1
+            tile = of(rows, p.n, p.k, 2, gated=p.gated, add=p.add, normed=p.normed)
+            total += 999 if tile is None else tile.outputs
+        return FakeStep(total)
+
+
+def test_the_products_of_a_step_are_found() -> None:
+    steps = FakeSteps(QWEN, [1])
+    assert tiles.products(steps, 1) == steps.products
+    assert kernels.tiles.tile is tile, "put back"
+
+
+def test_a_step_is_captured() -> None:
+    """The graph computes the step of its batch and context, again and again, on any device."""
+    steps = DecodeSteps(ROOT / "models/minisrv-default", [1, 2])
+    step = steps.capture(2, 40)
+    buffers = steps.runner.buffers
+
+    def state() -> list[list[int]]:
+        found = buffers.hidden.view(torch.int16), buffers.seq_lens, buffers.sampled_token_ids
+        return [tensor[:2].tolist() for tensor in found]
+
+    first = state()
+    assert first[1] == [40, 40]
+    step.replay()
+    assert state()[1] == [41, 41], "the token behind it"
+    step.restart()
+    step.replay()
+    assert state() == first
+
+
+@pytest.mark.gpu
+def test_the_step_of_a_gpu_has_products_and_a_time() -> None:
+    steps = DecodeSteps(ROOT / "models/minisrv-default", [1, 8])
+    for rows in (1, 8):
+        found = tiles.products(steps, rows)
+        assert [p[:4] for p in found] == [
+            p[:4] for p in products_of(ROOT / "models/minisrv-default")
+        ]
+        assert [p.normed for p in found if not p.add] == [True, True, False]
+        assert 1 < steps.capture(rows, 40).median_us() < 1e5
 
 
 def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
@@ -80,8 +139,7 @@ def test_the_sweep_finds_the_tiles_of_the_shortest_graph(
     monkeypatch.setattr(tiles.torch.cuda, "is_available", lambda: True)
     # The real function would ask the GPU for its name.
     monkeypatch.setattr(tiles, "environment", dict)
-    monkeypatch.setattr(tiles, "Layers", FakeLayers)
-    monkeypatch.setattr(tiles, "median_us", float)
+    monkeypatch.setattr(tiles, "DecodeSteps", FakeSteps)
     monkeypatch.setattr(tiles, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(2))
     monkeypatch.setattr(tiles, "compiled", lambda job: job[2] is None or job[2].outputs > 1)
     monkeypatch.setattr("sys.argv", ["tiles.py", str(QWEN), "--rows", "1,8", "--json", str(out)])
