@@ -96,7 +96,7 @@ MEASURED: dict[tuple[int, int, int, bool, bool], Tile | None] = {
     (1, 1536, 1152, False, False): GemvTile(4, 1024, 2),
     (1, 4096, 4096, False, True): GemvTile(4, 2048, 4),
     (1, 4096, 14336, False, True): GemvTile(4, 4096, 4),
-    (1, 13824, 1152, True, False): GemvTile(8, 256, 1),
+    (1, 13824, 1152, True, False): GemvTile(2, 512, 1),
     (1, 16384, 2048, True, False): GemvTile(8, 256, 1),
     (1, 128256, 2048, False, False): GemvTile(2, 2048, 4),
     (1, 262144, 1152, False, False): GemvTile(8, 128, 1),
