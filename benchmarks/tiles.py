@@ -205,7 +205,7 @@ def main() -> None:
         bucket = next(bucket for bucket in tiles.ROW_BUCKETS if rows <= bucket)
         for product in result["products"]:
             line = f"{(bucket, *product['shape'])}: {product['best']},"
-            console.print(f"    {line}  # now {product['own']}", highlight=False)
+            console.print(f"    {line}  # now {product['own']}", highlight=False, soft_wrap=True)
     if options.json is not None:
         report = {"environment": msgspec.to_builtins(environment()), "results": results}
         options.json.write_text(json.dumps(report) + "\n")
