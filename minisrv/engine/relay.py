@@ -3,15 +3,17 @@
 zmq accepts everybody who connects, keeps every subscription that it is sent, and holds all parts of
 a message in memory until the last one has come, which need not come at all. It has no limit for any
 of these, so a stranger could take all descriptors and all memory of the process. So zmq listens in
-a private directory only, and strangers reach it through a relay, which bounds three things:
+a private directory only, and strangers reach it through a relay, which bounds four things:
 
 - connections: whoever comes when there are `MAX_PEERS` at an endpoint is disconnected at once;
 - bytes: a peer that has sent more than `MAX_RECEIVED` on a connection is disconnected;
+- time: a peer that takes nothing of what is for it in `READ_SECONDS` is disconnected;
 - its own work: what comes in is read in turns with pauses between them, `MAX_READ` bytes of each
   peer in a turn, so that the thread leaves the interpreter to the others whatever strangers do.
 
 What goes out waits for nothing. If a peer does not read, the relay does not read what is for it,
-and the socket inside drops what is too much. zmq's own clients connect again when they have been
+and the socket inside drops what is too much. A connection for which the kernel has no memory or no
+room in a selector ends, and the relay goes on. zmq's own clients connect again when they have been
 disconnected.
 
 Knows: sockets and the bytes that pass. Knows nothing of zmq or of what the bytes mean.
@@ -19,16 +21,20 @@ Knows: sockets and the bytes that pass. Knows nothing of zmq or of what the byte
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import os
 import re
 import selectors
 import socket
 import stat
+import termios
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 MAX_PEERS = 16
@@ -51,6 +57,8 @@ RECEIVE_BUFFER = 16 << 10
 """Number of bytes of a peer that the kernel keeps until they are read."""
 KEEPALIVE_SECONDS = 60
 """Number of silent seconds after which the kernel asks whether a peer's machine is still there."""
+READ_SECONDS = 30
+"""Number of seconds after which it is seen whether a peer for which something waits has read."""
 
 _TCP = re.compile(r"tcp://(.+):([0-9]{1,5})")
 
@@ -61,7 +69,7 @@ class _Connection:
     def __init__(self, relay: Relay, endpoint: _Endpoint, peer: socket.socket) -> None:
         """Connect inside. Raises OSError if that is not possible."""
         self._relay, self._endpoint, self._peer = relay, endpoint, peer
-        self._num_received = 0
+        self._num_received = self._num_queued = 0
         self._to_inside = self._to_peer = memoryview(b"")
         self._inside = socket.socket(socket.AF_UNIX)
         try:
@@ -72,20 +80,35 @@ class _Connection:
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+            relay.inward.register(peer, selectors.EVENT_READ, self._or_close(self._read_peer))
+            self._await_inside()
         except OSError:
-            self._inside.close()
+            self.close()
             raise
-        relay.inward.register(peer, selectors.EVENT_READ, self._or_close(self._read_peer))
-        self._await_inside()
 
     def close(self) -> None:
         """End both connections. May be called again."""
-        if self in self._endpoint.connections:
-            self._endpoint.connections.remove(self)
-            self._relay.inward.unregister(self._peer)
-            self._relay.outward.unregister(self._peer if self._to_peer else self._inside)
-            self._peer.close()
-            self._inside.close()
+        relay = self._relay
+        self._endpoint.connections.discard(self)
+        relay.behind.pop(self, None)
+        for selector in (relay.inward, relay.outward):
+            for each in (self._peer, self._inside):
+                with suppress(KeyError, ValueError):  # not registered, or closed
+                    selector.unregister(each)
+        self._peer.close()
+        self._inside.close()
+
+    def look(self) -> None:
+        """Disconnect the peer if it has taken nothing since the last look."""
+        before, self._num_queued = self._num_queued, _num_queued(self._peer)
+        if self._num_queued < before:
+            self._look_later()
+        else:
+            self.close()
+
+    def _look_later(self) -> None:
+        self._relay.behind.pop(self, None)
+        self._relay.behind[self] = time.monotonic() + READ_SECONDS
 
     def _or_close(self, step: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:
@@ -130,13 +153,20 @@ class _Connection:
             self._to_peer = rest
             write = self._or_close(self._write_peer)
             self._relay.outward.register(self._peer, selectors.EVENT_WRITE, write)
+            self._note_queued()
 
     def _write_peer(self) -> None:
-        rest = self._to_peer[self._peer.send(self._to_peer) :]
-        if not rest:
+        self._to_peer = self._to_peer[self._peer.send(self._to_peer) :]
+        if self._to_peer:
+            self._note_queued()
+        else:
+            del self._relay.behind[self]
             self._relay.outward.unregister(self._peer)
             self._await_inside()
-        self._to_peer = rest
+
+    def _note_queued(self) -> None:
+        self._num_queued = _num_queued(self._peer)
+        self._look_later()
 
 
 class _Endpoint:
@@ -176,11 +206,14 @@ class Relay:
 
     inward: what comes from peers, which is read in turns.
     outward: what is for peers.
-    Each knows for a socket what is to be called when that is ready.
+    behind: the connections whose peers have not taken all that is for them, each with the time at
+        which that is looked at again, the earliest first.
+    Each selector knows for a socket what is to be called when that is ready.
     """
 
     def __init__(self) -> None:
         self.inward, self.outward = selectors.DefaultSelector(), selectors.DefaultSelector()
+        self.behind: dict[_Connection, float] = {}
         self._endpoints: list[_Endpoint] = []
         self._next_turn: float | None = None
         """When peers are read again; None if they are read as soon as one has sent something."""
@@ -241,13 +274,30 @@ class Relay:
 
     def _carry(self, seconds: float | None) -> None:
         """Wait for something to do, at most for some seconds, and do it."""
-        if self._next_turn is not None:
-            seconds = self._next_turn - time.monotonic()
+        dues = [*islice(self.behind.values(), 1)]
+        dues += [] if self._next_turn is None else [self._next_turn]
+        if dues:
+            left = max(0.0, min(dues) - time.monotonic())
+            seconds = left if seconds is None else min(seconds, left)
         for key, _ in self.outward.select(seconds):
             key.data()
-        if self._next_turn is not None and time.monotonic() >= self._next_turn:
-            self._next_turn = None
-            self._await_peers()
+        now = time.monotonic()
+        for connection in [c for c, due in self.behind.items() if due <= now]:
+            connection.look()
+        if self._next_turn is not None and now >= self._next_turn:
+            try:
+                self._await_peers()
+            except OSError:  # the kernel has no memory for it now
+                self._next_turn = now + PAUSE_SECONDS
+            else:
+                self._next_turn = None
+
+
+def _num_queued(connection: socket.socket) -> int:
+    """Return the number of bytes that the kernel keeps until the other end takes them."""
+    number = array.array("i", [0])
+    fcntl.ioctl(connection, termios.TIOCOUTQ, number)
+    return number[0]
 
 
 def _listener(endpoint: str) -> socket.socket:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import select
+import selectors
 import socket
 import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +123,58 @@ def test_who_reads_nothing_delays_nobody_and_its_bytes_wait_inside(tmp_path: Pat
         assert received(ours, 8) == b"question"
         ours.sendall(b"answer")
         assert received(peer, 6) == b"answer"
+
+
+def test_who_reads_nothing_loses_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And who has read all that there was keeps it."""
+    monkeypatch.setattr("minisrv.engine.relay.READ_SECONDS", 0.2)
+    port = free_port()
+    with (
+        relayed(tmp_path, f"tcp://*:{port}") as inside,
+        connected(("127.0.0.1", port), inside) as (idle, other),
+        connected(("127.0.0.1", port), inside) as (_, ours),
+    ):
+        other.sendall(b"first")
+        assert received(idle, 5) == b"first"
+        with pytest.raises(ConnectionError):
+            while True:
+                ours.sendall(bytes(1 << 12))
+        other.sendall(b"second")
+        assert received(idle, 6) == b"second"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_selector_without_room_ends_at_most_one_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The kernel may have no memory for a registration, or the user as many as are allowed."""
+    registrations: Iterator[int] = iter(())
+
+    class Selector(selectors.DefaultSelector):
+        def register(self, *arguments: Any) -> selectors.SelectorKey:
+            if next(registrations, None) == number:
+                raise OSError(errno.ENOSPC, "no room")
+            return super().register(*arguments)
+
+    monkeypatch.setattr("minisrv.engine.relay.selectors.DefaultSelector", Selector)
+    port = free_port()
+    before = len(os.listdir("/proc/self/fd"))
+    with relayed(tmp_path, f"tcp://*:{port}") as inside:
+        registrations = count()
+        with connected(("127.0.0.1", port), inside) as (peer, ours):
+            with suppress(ConnectionError):
+                while select.select([], [ours], [], 0.1)[1]:
+                    ours.send(bytes(1 << 12))
+                ours.shutdown(socket.SHUT_WR)
+                while peer.recv(1 << 16):
+                    pass
+        assert next(registrations) > number
+        with connected(("127.0.0.1", port), inside) as (peer, ours):
+            ours.sendall(b"welcome")
+            assert received(peer, 7) == b"welcome"
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 def test_there_are_no_more_connections_than_allowed(tmp_path: Path) -> None:
