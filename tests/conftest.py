@@ -69,6 +69,26 @@ NOT_QUICK = (
 at random for a minute, sweep or break graphs, or try thousands of broken checkpoints. What graphs
 are certified for is in test_certification.py, which is quick."""
 
+NOT_QUICK_TESTS = {
+    "test_checkpoint.py::test_a_second_start_imports_no_transformers",
+    "test_checkpoint.py::test_what_an_engine_will_need_is_imported_meanwhile",
+    "test_dispatch.py::test_a_covering_ladder_holds_every_batch",
+    "test_dispatch.py::test_a_measured_plan_says_what_each_graph_costs",
+    "test_errors.py::test_no_body_makes_a_500",
+    "test_grammar_validator.py::test_a_process_is_not_silent_where_nobody_listened",
+    "test_grammar_validator.py::test_what_would_stop_an_engine_is_refused",
+    "test_json_schema.py::test_an_odd_schema_is_kept_to_the_end_or_refused_at_the_start",
+    "test_launch_cost.py::test_the_command",
+    "test_layers.py::test_an_mlp_is_traced_as_one_graph",
+    "test_log_writer.py::test_a_process_ends_with_its_status_though_nobody_reads",
+    "test_structured.py::test_a_random_schema_is_kept",
+    "test_threads.py::test_a_thread_that_waits_takes_no_core",
+    "test_tool_grammar.py::test_whatever_is_sampled_is_calls_of_the_tools",
+    "test_turns.py::test_a_loop_without_turns",
+}
+"""Tests of quick files that take seconds, as they start processes that import or compute much, or
+search far. Others in their files try the same on chosen cases."""
+
 
 @pytest.fixture
 def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,11 +220,24 @@ def pytest_runtest_protocol(
     return result
 
 
+def _may_be_quick(path: Path) -> bool:
+    """Whether tests of a file are quick, or those of files in a directory may be."""
+    parts = path.relative_to(Path(__file__).parent).parts
+    is_there = not parts or parts[0] in QUICK or (len(parts) == 1 and path.suffix == ".py")
+    return is_there and path.name not in NOT_QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file for the quick subset that has nothing of it."""
+    tests = Path(__file__).parent
+    is_quick_run = config.option.markexpr == "quick" and collection_path.is_relative_to(tests)
+    return True if is_quick_run and not _may_be_quick(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        quick = item.path.parent == here or item.path.relative_to(here).parts[0] in QUICK
-        if quick and item.path.name not in NOT_QUICK:
+        test = f"{item.path.name}::{item.name.partition('[')[0]}"
+        if _may_be_quick(item.path) and test not in NOT_QUICK_TESTS:
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

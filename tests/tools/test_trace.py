@@ -65,7 +65,7 @@ def serve() -> Iterator[Callable[..., tuple[str, list[tuple[str, str | None]]]]]
         answers = {"lines": lines, "rest": rest, "ends": ends, "status": status}
         kind = type("Answers", (Handler,), {**answers, "asked": asked, "silent": silent})
         server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         running.append((server, thread, silent))
         return f"http://127.0.0.1:{server.server_port}", asked

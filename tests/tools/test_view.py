@@ -20,7 +20,7 @@ def server(tmp_path: Path) -> Iterator[ViewServer]:
     for path in paths:
         path.write_text(f"{path.stem}\n")
     with ViewServer(paths) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
