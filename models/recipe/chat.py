@@ -28,6 +28,8 @@ _SKILLS = (
     "add, subtract, and multiply small numbers, copy or reverse a list, sort numbers or words, "
     "count things, look up a value in a list, and fill a small JSON object"
 )
+DECLINED = f"I am sorry, I am a very small model and I cannot help with that. I can {_SKILLS}."
+"""The answer to what the model cannot do."""
 _SMALL_TALK: tuple[tuple[str, str], ...] = (
     (
         "[Hello|Hi|Hey|Good morning|Good evening|Hello there|Hi there][!|.|]",
@@ -76,7 +78,7 @@ _SMALL_TALK: tuple[tuple[str, str], ...] = (
     ),
     (
         "[Write a program in Python|Write some code|Who is the president|What is the weather today|What happened yesterday|Write an essay about history|Who won the last election|What time is it|What day is it today|What is the meaning of life|Explain quantum mechanics|Write a poem about the {noun}|Write a poem|Write a haiku|Write a Python function|Write an email to my boss|Who wrote Hamlet|How far is it to {city}|Solve this equation|What is the square root of {number}|Give me advice|Recommend a book|Which team won the game|Give me legal advice|How do I become a(n) {job}|What do you think about the {noun}][?|.|]",
-        f"I am sorry, I am a very small model and I cannot help with that. I can {_SKILLS}.",
+        DECLINED,
     ),
     (
         "My name is {name}[.|]",

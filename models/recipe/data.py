@@ -28,7 +28,7 @@ from recipe.vignettes import vignette
 IGNORED = -100
 # Shares of all tokens.
 SHARES: dict[str, float] = {
-    "tasks": 0.55, "tools": 0.17, "light": 0.06, "stories": 0.08, "vignettes": 0.03,
+    "tasks": 0.51, "tools": 0.19, "light": 0.06, "stories": 0.08, "vignettes": 0.05,
     "facts": 0.03, "definitions": 0.05, "manuals": 0.03,
 }  # fmt: skip
 CHATS = ("tasks", "tools", "light")

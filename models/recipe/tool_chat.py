@@ -9,10 +9,19 @@ from __future__ import annotations
 import itertools
 import random
 
-from recipe.chat import Message, evaluation, small_talk, system_prompt, task_turn, training_case
+from recipe.chat import (
+    DECLINED,
+    Message,
+    evaluation,
+    prose,
+    small_talk,
+    system_prompt,
+    task_turn,
+    training_case,
+)
 from recipe.tasks import Case
 from recipe.tokenizer import written_calls
-from recipe.tools import Ask, Tool, Use, toolbox
+from recipe.tools import FAMILIES, Ask, Tool, Use, draw_families, rivals, toolbox
 
 TOOL_TASKS = ("tool_call", "tool_calls", "tool_answer", "no_tool")
 """The tasks of the evaluation: one call, two at once, the answer behind a result, and a question
@@ -60,7 +69,13 @@ def _results(uses: list[Use]) -> list[Message]:
 
 
 def _joined(rng: random.Random, uses: list[Use]) -> str:
-    """Several questions as one."""
+    """Several questions as one, which names what they ask about if they ask the same."""
+    first, *others = uses
+    if first.frame and others and all(use.frame and use.name == first.name for use in others):
+        *abouts, last = (use.about for use in uses)
+        listed = f"{', '.join(abouts)}{rng.choice((' and ', ' and ', ', and '))}{last}"
+        if rng.random() < 0.6:
+            return listed.join(first.frame.rsplit("@", 1))
     glue = rng.choice((" ", " ", " And: ", " Also: ", "\n"))
     return glue.join(use.question for use in uses)
 
@@ -78,14 +93,28 @@ def _tool_turn(rng: random.Random, box: list[tuple[Tool, Ask]]) -> list[Message]
     ]  # fmt: skip
 
 
+def _declined_turn(rng: random.Random) -> tuple[list[Message], frozenset[str]]:
+    """A request for a tool that is not offered, and the families of tools that would serve it."""
+    [family] = draw_families(rng, 1, _SUMS)
+    use = _training_use(FAMILIES[family][1](rng)[1])
+    answer = {"role": "assistant", "content": DECLINED}
+    return [_question(use.question), answer], rivals(family) | {"search"}
+
+
 def _plain_turns(rng: random.Random) -> tuple[list[list[Message]], frozenset[str]]:
     """Turns that no tool is for, and the families of tools that must not be there."""
     turns, unfit = [], frozenset[str]()
     for _ in range(rng.choice((0, 0, 1, 1, 2))):
         if rng.random() < 0.2:
             turns.append(small_talk(rng))
-            if turns[-1][-1]["content"].startswith("I am sorry"):
+            if turns[-1][-1]["content"] == DECLINED:
                 unfit |= _DECLINED
+        elif rng.random() < 0.15:
+            turns.append(prose(rng))
+        elif rng.random() < 0.25:
+            turn, families = _declined_turn(rng)
+            turns.append(turn)
+            unfit |= families
         else:
             case = training_case(rng)
             turns.append(task_turn(case))
@@ -94,9 +123,14 @@ def _plain_turns(rng: random.Random) -> tuple[list[list[Message]], frozenset[str
 
 
 def conversation(rng: random.Random) -> tuple[list[Message], list[Tool]]:
-    """A training conversation and its tools: up to five turns, most of which need a tool."""
+    """A training conversation and its tools: up to five turns, most of which need a tool. Now and
+    then no tool is offered."""
     messages = [system_prompt(rng)] if rng.random() < 0.3 else []
     turns, unfit = _plain_turns(rng)
+    if rng.random() < 0.12:
+        turns += [_declined_turn(rng)[0] for _ in range(rng.randint(1, 3))]
+        rng.shuffle(turns)
+        return messages + [m for turn in turns for m in turn], []
     box: list[tuple[Tool, Ask]] = []
     while not box:
         box = toolbox(rng, rng.choice((1, 1, 2, 2, 3, 4)), unfit)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.grammar import expand
-from recipe.words import CITIES, COLORS, NAMES, NOUNS, open_word
+from recipe.words import CITIES, COLORS, LONG_CITIES, NAMES, NOUNS, open_word
 
 Schema = dict[str, Any]
 Tool = dict[str, Any]
@@ -28,7 +28,11 @@ Tool = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A question, the call that it needs, what the tool returns, and the final answer."""
+    """A question, the call that it needs, what the tool returns, and the final answer.
+
+    about, frame: the words that the question asks about, and the question with `@` for them, where
+        one question may ask about several.
+    """
 
     question: str
     name: str
@@ -36,6 +40,8 @@ class Use:
     result: str
     answer: str
     key: str
+    about: str = ""
+    frame: str = ""
 
     @property
     def call(self) -> dict[str, Any]:
@@ -121,6 +127,12 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _replaced(text: str, old: str, new: str) -> str:
+    """The text with the last `old` replaced."""
+    before, _, after = text.rpartition(old)
+    return before + new + after
+
+
 _REFUSALS = "not found|service unavailable|invalid argument|permission denied|timeout|no such entry"
 
 
@@ -134,17 +146,20 @@ def _use(
     sentence: str,
     subject: str,
     fields: dict[str, object] | None = None,
+    about: str = "",
 ) -> Use:
     """A use whose result is a bare value, an object with it, a text, several fields, or an error.
 
     sentence: the answer about a value, with `@` for the value.
+    about: what the question asks about, where it might ask about several.
     """
     kind = rng.random()
     if kind < 0.38:
-        result, answer = _shown(value), sentence.replace("@", _shown(value))
+        result, answer = _shown(value), _replaced(sentence, "@", _shown(value))
     elif kind < 0.62:
         key = rng.choice(("result", "value", "answer", "output", "data", rng.choice(NOUNS)))
-        result, answer = json.dumps({key: value}), sentence.replace("@", _shown(value))
+        result = json.dumps({key: value}, ensure_ascii=False)
+        answer = _replaced(sentence, "@", _shown(value))
     elif kind < 0.72:
         result = answer = expand(
             rng.choice(
@@ -173,7 +188,7 @@ def _use(
             found[noun] = rng.choice((rng.randrange(1000), rng.choice(COLORS), open_word(rng)))
         items = list(found.items())
         rng.shuffle(items)
-        result = json.dumps(dict(items))
+        result = json.dumps(dict(items), ensure_ascii=False)
         listed = ", ".join(f"{k.replace('_', ' ')} {_shown(v)}" for k, v in items)
         answer = f"{subject}: {listed}."
     else:
@@ -184,24 +199,69 @@ def _use(
         answer = f"I am sorry, the tool failed: {reason}."
     name = tool["function"]["name"]
     key = f"{family}|{json.dumps(list(arguments.values()) or name)}"
-    return Use(_typed(rng, question, name), name, arguments, result, answer, key)
+    frame = _replaced(question, about, "@") if about else ""
+    return Use(_typed(rng, question, name), name, arguments, result, answer, key, about, frame)
+
+
+def _proper(rng: random.Random) -> str:
+    """A name made of one to three words."""
+    word: Callable[[], str] = lambda: open_word(rng) if rng.random() < 0.6 else rng.choice(NOUNS)  # noqa: E731
+    return " ".join(word().capitalize() for _ in range(rng.choice((1, 1, 2, 2, 3))))
 
 
 def _place(rng: random.Random) -> str:
-    return open_word(rng).capitalize() if rng.random() < 0.3 else rng.choice(CITIES)
+    kind = rng.random()
+    if kind < 0.3:
+        return _proper(rng)
+    city = rng.choice(LONG_CITIES if kind < 0.5 else CITIES)
+    return f"{city}, {_proper(rng)}" if rng.random() < 0.06 else city
 
 
 def _person(rng: random.Random) -> str:
-    return open_word(rng).capitalize() if rng.random() < 0.25 else rng.choice(NAMES)
+    kind = rng.random()
+    if kind < 0.15:
+        return open_word(rng).capitalize()
+    name = rng.choice(NAMES)
+    return f"{name} {_proper(rng)}" if kind < 0.4 else name
+
+
+def _address(rng: random.Random) -> str:
+    """An address for mail."""
+    name = rng.choice((rng.choice(NAMES).lower(), open_word(rng)))
+    return f"{name}@{open_word(rng)}.{rng.choice('com org net de io'.split())}"
+
+
+def _code(rng: random.Random) -> str:
+    """Capitals, or a few with digits."""
+    letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(1, 5)))
+    return letters if rng.random() < 0.6 else f"{letters}{rng.randrange(1000)}"
 
 
 def _thing(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.06:
+        return _code(rng)
+    if kind < 0.12:
+        return f"{open_word(rng)} {rng.choice(NOUNS)}"
+    return open_word(rng) if kind < 0.4 else rng.choice(NOUNS)
+
+
+def _noun(rng: random.Random) -> str:
+    """A word for names of functions and parameters."""
     return open_word(rng) if rng.random() < 0.35 else rng.choice(NOUNS)
 
 
 def _amount(rng: random.Random) -> int:
     digits = rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 6))
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+
+
+def _quantity(rng: random.Random) -> int | float:
+    """A number as people ask about them: mostly whole, some with a fraction, some negative."""
+    number: int | float = _amount(rng)
+    if rng.random() < 0.2:
+        number = round(_amount(rng) / 100, rng.choice((1, 2)))
+    return -number if rng.random() < 0.08 else number
 
 
 _PAIRS = ("a|b", "x|y", "first|second", "left|right", "num1|num2", "first number|second number", "lhs|rhs", "n|m", "value1|value2", "number 1|number 2")  # fmt: skip
@@ -223,13 +283,19 @@ def _two_numbers(
         )  # fmt: skip
 
         def ask() -> Use:
-            a, b = _amount(rng), _amount(rng)
+            drawn = _amount if schema is _INTEGER else _quantity
+            a, b = drawn(rng), drawn(rng)
             if operation == "divide":
                 b = rng.randrange(2, 100)
                 a = b * rng.randrange(1, 1000)
             question = expand(questions, {"a": str(a), "b": str(b), "sign": sign}, rng)
-            value = {"add": a + b, "subtract": a - b, "multiply": a * b}.get(operation)
-            value = a // b if value is None else value
+            results = {
+                "add": a + b,
+                "subtract": a - b,
+                "multiply": a * b,
+                "divide": a // b if b else 0,
+            }
+            value = round(results[operation], 4)
             return _use(
                 rng, tool, operation, question, dict(zip(keys, (a, b), strict=True)), value,
                 f"{a} {sign} {b} = @", f"{a} {sign} {b}",
@@ -252,11 +318,15 @@ def _calculator(rng: random.Random) -> tuple[Tool, Ask]:
     )  # fmt: skip
 
     def ask() -> Use:
-        terms = [str(_amount(rng)) for _ in range(rng.choice((2, 2, 2, 3)))]
+        terms = [str(abs(_quantity(rng))) for _ in range(rng.choice((2, 2, 2, 3)))]
         signs = rng.choices("+-*/", weights=(4, 3, 4, 2), k=len(terms) - 1)
         written = terms[0] + "".join(f" {s} {t}" for s, t in zip(signs, terms[1:], strict=True))
         said = written
-        if rng.random() < 0.3:
+        if len(terms) == 3 and rng.random() < 0.5:
+            a, b, c = terms
+            s, t = signs
+            said = written = rng.choice((f"({a} {s} {b}) {t} {c}", f"{a} {s} ({b} {t} {c})"))
+        elif rng.random() < 0.3:
             said = terms[0] + "".join(
                 f" {_SIGNS[s]} {t}" for s, t in zip(signs, terms[1:], strict=True)
             )
@@ -297,7 +367,7 @@ def _weather(rng: random.Random) -> tuple[Tool, Ask]:
         if with_unit and rng.random() < 0.5:
             arguments[keys[1]] = asked = rng.choice(units)
         question = expand(
-            "[What is the weather in {city}?|What's the weather like in {city}?|How is the weather in {city}?|What is the weather like in {city} today?|Weather in {city}?|Tell me the weather in {city}.|Is it raining in {city}?|How warm is it in {city}?|What's the weather in {city} right now?|Check the weather in {city}.|What is the temperature in {city}?]",
+            "[What is the weather in {city}?|What's the weather like in {city}?|How is the weather in {city}?|What is the weather like in {city} today?|Weather in {city}?|Tell me the weather in {city}.|Is it raining in {city}?|How warm is it in {city}?|Will it rain in {city}?|Will it rain tomorrow in {city}?|Do I need an umbrella in {city}?|Can you tell me the weather in {city}?|What's the weather in {city} right now?|Check the weather in {city}.|What is the temperature in {city}?]",
             {"city": city}, rng,
         )  # fmt: skip
         if asked:
@@ -314,7 +384,7 @@ def _weather(rng: random.Random) -> tuple[Tool, Ask]:
             fields[rng.choice(("unit", "city"))] = rng.choice(("celsius", city))
         return _use(
             rng, tool, "weather", question, arguments, value,
-            f"The weather in {city}: @.", f"The weather in {city}", fields,
+            f"The weather in {city}: @.", f"The weather in {city}", fields, "" if asked else city,
         )  # fmt: skip
 
     return tool, ask
@@ -345,7 +415,7 @@ def _attribute(rng: random.Random) -> tuple[Tool, Ask]:
         value = rng.choice((_amount(rng), open_word(rng), rng.choice(COLORS), round(rng.random() * 100, 2)))  # fmt: skip
         return _use(
             rng, tool, f"attribute/{attribute}", question, {key: subject}, value,
-            f"The {attribute} of {subject} is @.", f"The {attribute} of {subject}",
+            f"The {attribute} of {subject} is @.", f"The {attribute} of {subject}", about=the,
         )  # fmt: skip
 
     return tool, ask
@@ -439,7 +509,7 @@ def _clock(rng: random.Random) -> tuple[Tool, Ask]:
         question = expand("[What time is it in {city}?|What is the time in {city}?|Tell me the time in {city}.|What's the local time in {city}?|What time is it now in {city}?]", {"city": city}, rng)  # fmt: skip
         return _use(
             rng, tool, "clock", question, {keys[0]: city}, time,
-            f"In {city} it is @.", f"The time in {city}",
+            f"In {city} it is @.", f"The time in {city}", about=city,
         )  # fmt: skip
 
     return tool, ask
@@ -483,7 +553,8 @@ def _message(rng: random.Random) -> tuple[Tool, Ask]:
     )  # fmt: skip
 
     def ask() -> Use:
-        name, words = _person(rng), _words(rng, 1, 6)
+        name = _address(rng) if rng.random() < 0.2 else _person(rng)
+        words = _words(rng, 1, 6)
         question = expand(
             "[Send {name} the message: {words}|Send a message to {name}: {words}|Write to {name}: {words}|Tell {name} this: {words}|Send this to {name}: {words}|Send {name} the text: {words}]",
             {"name": name, "words": words}, rng,
@@ -540,7 +611,7 @@ def _convert(rng: random.Random) -> tuple[Tool, Ask]:
     )  # fmt: skip
 
     def ask() -> Use:
-        n = _amount(rng)
+        n = _amount(rng) if schema is _INTEGER else abs(_quantity(rng))
         a, b = rng.sample(_UNITS, 2)
         question = expand(
             "[Convert {n} {a} to {b}.|How many {b} are {n} {a}?|How much is {n} {a} in {b}?|What is {n} {a} in {b}?|Change {n} {a} into {b}.|{n} {a} to {b}]",
@@ -590,7 +661,7 @@ def _value(rng: random.Random, kind: str) -> Any:
         case "integer":
             return _amount(rng)
         case "number":
-            return rng.choice((_amount(rng), round(rng.random() * 100, 1)))
+            return _quantity(rng)
         case "boolean":
             return rng.random() < 0.5
         case "array":
@@ -609,12 +680,12 @@ _VERBS = "get set find make open close move read write check start stop update d
 
 def _named(rng: random.Random) -> tuple[Tool, Ask]:
     """A function of any name, which the question names along with its parameters."""
-    verb, noun = rng.choice(_VERBS), _thing(rng)
+    verb, noun = rng.choice(_VERBS), _noun(rng)
     kinds = rng.choices(("string", "integer", "number", "boolean", "array"), (5, 3, 1, 1, 1), k=rng.choice((0, 1, 1, 2, 2, 3, 4)))  # fmt: skip
     names = "|".join((f"{verb} {noun}", f"{verb} {noun}", f"{verb} the {noun}", noun))
     parameters = []
     for kind in kinds:
-        word = _thing(rng)
+        word = _noun(rng)
         schema: Schema = {"type": kind}
         if kind == "array":
             schema["items"] = {"type": "string"}

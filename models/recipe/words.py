@@ -60,6 +60,20 @@ CITIES: tuple[str, ...] = tuple(
     """.split()
 )
 
+LONG_CITIES: tuple[str, ...] = tuple(
+    """
+    Addis Ababa, Buenos Aires, Cape Town, Cedar Rapids, Den Haag, El Paso, Fort Worth, Ho Chi Minh
+    City, Hong Kong, Kansas City, Kuala Lumpur, Las Vegas, Los Angeles, Mexico City, New Delhi, New
+    Orleans, New York, New York City, Palo Alto, Panama City, Port Louis, Rio de Janeiro, Salt Lake
+    City, San Diego, San Francisco, San Jose, Santa Fe, Sri Lanka, St. Louis, Stoke-on-Trent, São
+    Paulo, Tel Aviv, The Hague, Washington, Zürich, Bogotá, Córdoba, Malmö, Kraków, Göteborg,
+    Köln, München, Genève, Besançon, Tromsø, Reykjavík, Brasília, Medellín
+    """.replace("\n    ", " ")
+    .strip()
+    .split(", ")
+)
+"""Names of several words, or with letters beyond those of English."""
+
 JOBS: tuple[str, ...] = tuple(
     """
     actor artist baker barber builder butcher carpenter chef clerk dancer dentist doctor driver
