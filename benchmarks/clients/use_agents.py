@@ -33,7 +33,7 @@ with needs(
     from langgraph.checkpoint.memory import InMemorySaver
 
 MODEL = "minisrv-default"
-TURNS = ("What is the weather in Oslo?", "And in Rome?")
+TURNS = ("What is the weather in Oslo?", "What is the weather in Rome?")
 
 
 def weather(city: Literal["Oslo", "Rome"]) -> str:

@@ -36,7 +36,7 @@ with needs("pip install openai-agents"):
 
 MODEL = "minisrv-default"
 SUM = "What is 17 + 25?"
-TURNS = ("What is the weather in Oslo?", "And in Rome?")
+TURNS = ("What is the weather in Oslo?", "What is the weather in Rome?")
 
 
 class City(BaseModel):
