@@ -333,22 +333,25 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
 
 
 def test_echo_scores_a_text(client: openai.OpenAI) -> None:
-    """Scoring as lm-eval does it, prefilled in chunks of 64 tokens: the log-probabilities of the
-    continuation are those with which it was generated."""
+    """Scoring as lm-eval does it, by token ids, prefilled in chunks of 64 tokens: the
+    log-probabilities of the continuation are those with which it was generated."""
     prompt = PROMPT + ", " + "and then it rained, " * 20
-    made = complete(client, prompt=prompt, logprobs=1, max_tokens=16)
-    text = prompt + made.choices[0].text
+    made = complete(
+        client, prompt=prompt, logprobs=1, max_tokens=16, extra_body={"return_token_ids": True}
+    )
+    [choice] = made.choices
+    ctxlen = len(choice.prompt_token_ids)
     for max_tokens in (0, 1):
         fields: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": max_tokens}
-        scored = complete(client, prompt=text, **fields)
+        scored = complete(client, prompt=choice.prompt_token_ids + choice.token_ids, **fields)
         assert scored.usage.prompt_tokens_details.cached_tokens == 0
         assert scored.usage.completion_tokens == max_tokens
-        assert scored.choices[0].text.startswith(text)
+        assert scored.choices[0].text.startswith(prompt)
         logprobs = scored.choices[0].logprobs
         assert logprobs.token_logprobs[0] is None
-        ctxlen = logprobs.text_offset.index(len(prompt))
+        assert logprobs.text_offset[ctxlen] == len(prompt)
         found = logprobs.token_logprobs[ctxlen : ctxlen + 16]
-        assert found == pytest.approx(made.choices[0].logprobs.token_logprobs, abs=1e-3)
+        assert found == pytest.approx(choice.logprobs.token_logprobs, abs=1e-3)
         for value, top in zip(found, logprobs.top_logprobs[ctxlen : ctxlen + 16], strict=True):
             assert value == max(top.values()), "greedy"
 
