@@ -15,21 +15,26 @@ from starlette.types import Receive
 async def while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
     """Do the work, which is cancelled if the client disconnects, and return whether it is done. The
     body of the request must have been read before. Raises what the work raises."""
-    doing = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnect(receive))
+    worker = asyncio.current_task()
+    assert worker is not None
+    before, is_gone = worker.cancelling(), False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        worker.cancel()
+
+    # The work needs no task of its own, which would cost every request more than the rest of this.
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        is_done = doing.done()
-        if is_done:
-            doing.result()
-        return is_done
+        await work
+    except (asyncio.CancelledError, Exception):
+        if not is_gone:
+            raise
     finally:
-        doing.cancel()
-        gone.cancel()
-        await asyncio.gather(doing, gone, return_exceptions=True)
-
-
-async def _disconnect(receive: Receive) -> None:
-    """Return when the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()
+    if is_gone and worker.uncancel() > before:  # somebody else has cancelled it too
+        raise asyncio.CancelledError
+    return not is_gone

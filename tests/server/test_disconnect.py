@@ -15,6 +15,7 @@ import pytest
 from minisrv.checkpoint import GenerationConfig
 from minisrv.request import EngineOutput, EngineRequest
 from minisrv.server.app import create_app
+from minisrv.server.disconnect import while_connected
 from minisrv.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import serve
@@ -117,3 +118,29 @@ async def test_the_status_line_waits_for_the_first_output(tokenizer: Tokenizer) 
             assert b"text/event-stream" in received
         writer.close()
         await until(lambda: len(engine.aborted) == 1)
+
+
+async def test_what_ends_the_work_besides_its_client_is_not_hidden() -> None:
+    """The task of a client that is gone goes on, unless something else has cancelled it too."""
+    waits = asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        await waits.wait()
+        return {"type": "http.disconnect"}
+
+    async def respond() -> str:
+        is_done = await while_connected(asyncio.sleep(60), receive)
+        await asyncio.sleep(0)
+        return "done" if is_done else "gone"
+
+    first, second, third = (asyncio.create_task(respond()) for _ in range(3))
+    await asyncio.sleep(0)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    waits.set()
+    await asyncio.sleep(0)
+    third.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await third
+    assert await first == "gone"
