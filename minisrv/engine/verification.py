@@ -48,8 +48,14 @@ half of them are of its own rows. They are drawn anew for each step."""
 
 AGREED, DISAGREED, SKIPPED, FAILED = "agreed", "disagreed", "skipped", "failed"
 """What can become of the verification of a step: the eager run gave the same, or not; there were
-too few free blocks for it, so that a later step is verified in its place; or it failed, as for lack
-of memory."""
+too few free blocks for it, or other work between steps was not done, so that a later step is
+verified in its place; or it failed, as for lack of memory."""
+
+MANY_SKIPPED = 10
+"""Number of steps skipped one after the other at which the log says so: under a KV cache that is
+always full, none would ever be verified."""
+
+_TOO_FEW = "too few blocks of the KV cache are free; --kv-cache-memory sets its size"
 
 
 class Verification:
@@ -83,6 +89,8 @@ class Verification:
         self._quarantine = quarantine
         self._draw = random.Random(0)
         self._is_due = False
+        self._num_skipped = 0
+        """Number of steps that were skipped since one was recorded."""
         self._record: StepRecord | None = None
         self._error: GraphQuarantinedError | None = None
         if rate:
@@ -136,14 +144,26 @@ class Verification:
             return False
         is_drawn = self._draw.random() < self._rate
         self._is_due |= is_drawn
-        if not self._is_due or self._record is not None or self._is_background_busy:
+        if not self._is_due or self._record is not None:
             return False
-        if not self._has_blocks(output):
+        has_blocks = self._has_blocks(output)
+        if self._is_background_busy or not has_blocks:
             if is_drawn:
-                self._count(SKIPPED)
+                self._skip("other work between steps is not done" if has_blocks else _TOO_FEW)
             return False
-        self._is_due = False
+        self._is_due, self._num_skipped = False, 0
         return True
+
+    def _skip(self, why: str) -> None:
+        self._count(SKIPPED)
+        self._num_skipped += 1
+        if self._num_skipped == MANY_SKIPPED:
+            logger.warning(
+                "%d steps that were to be verified have been skipped one after the other (%s); "
+                "minisrv:verified_steps_total counts them, and the next that can be verified is",
+                self._num_skipped,
+                why,
+            )
 
     def _has_blocks(self, output: SchedulerOutput) -> bool:
         """Whether there are free blocks for the copies of a step, and one that stays free for each

@@ -15,7 +15,7 @@ import torch
 from minisrv.certification import shadow
 from minisrv.certification.faults import Fault, break_graph
 from minisrv.core.ladder import decode_descriptor, epilogue_descriptor
-from minisrv.engine import background
+from minisrv.engine import background, verification
 from minisrv.engine.core import EngineCore
 from minisrv.modes import CUDAGraphMode, GraphKey, StageOutput
 from minisrv.request import (
@@ -244,6 +244,19 @@ def test_without_free_blocks_a_step_is_not_verified(checkpoint: str) -> None:
     assert not errors
     assert engine.verification.counts["skipped"] > 0
     assert engine.scheduler.num_preemptions == 0
+
+
+def test_under_a_cache_that_is_always_full_the_log_says_that_nothing_is_verified(
+    checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, and not for single steps that are skipped."""
+    engine = start(Model(checkpoint, "cpu"), verify_graphs=1.0, num_kv_blocks=9, max_num_seqs=2)
+    for steps, warnings in ((verification.MANY_SKIPPED - 2, 0), (14, 1)):
+        caplog.clear()
+        run(engine, [request(str(n), [*range(10, 24)], steps) for n in range(2)])
+        found = [each for each in caplog.messages if "too few blocks" in each]
+        assert len(found) == warnings, engine.verification.counts
+        assert engine.verification.counts["skipped"] > 0
 
 
 def test_a_step_for_which_there_are_blocks_is_verified_in_place_of_one_without(
