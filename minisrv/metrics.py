@@ -513,8 +513,8 @@ def _ladder_families(stats: StatsLike) -> Iterator[Metric]:
     )
     verified = CounterMetricFamily(
         "minisrv:verified_steps",
-        "Steps by graphs that were drawn to be run again eagerly, by what came of it; skipped: there "
-        "were too few free blocks, or other work between steps was not done.",
+        "Steps by graphs that were drawn to be run again eagerly, by what came of it; skipped: too "
+        "few blocks were free, or other work between steps was not done.",
         labels=["outcome"],
     )
     for outcome, number in stats.verified_steps.items():
