@@ -28,6 +28,7 @@ from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.engine.messages import SleepTag, sleep_level, sleep_word
 from minisrv.errors import ConfigError, RequestError, name_hint
+from minisrv.interrupts import deferred_interrupts
 from minisrv.modes import CUDAGraphMode
 from minisrv.outputs import CompletionOutput, RequestOutput
 from minisrv.progress import StartupProgress
@@ -396,23 +397,26 @@ class LLM:
     def _serve(self, jobs: list[_Job], progress: tqdm[Any]) -> None:
         """Run steps until all jobs have ended. Raises the error that ended one of the requests,
         e.g. RequestError for a structured output whose grammar cannot be used; no request is left
-        in the engine then."""
+        in the engine then. Ctrl-C ends it between two steps, so that the engine can go on."""
         jobs_by_id = {job.request.request_id: job for job in jobs}
         waiting = jobs[::-1]
-        try:
-            while waiting or self.engine.has_work:
-                while waiting and self.engine.has_room:
-                    self.engine.add(waiting.pop().request)
-                for output in self.engine.step():
-                    job = jobs_by_id[output.request_id]
-                    job.read(output)
-                    if job.processor.must_abort and (last := self.engine.abort(output.request_id)):
-                        job.read(last)
-                    progress.update(job.completion.finished())
-                self.engine.advance_background()
-        finally:
-            for request_id in jobs_by_id:
-                self.engine.abort(request_id)
+        with deferred_interrupts() as check_interrupt:
+            try:
+                while waiting or self.engine.has_work:
+                    check_interrupt()
+                    while waiting and self.engine.has_room:
+                        self.engine.add(waiting.pop().request)
+                    for output in self.engine.step():
+                        job = jobs_by_id[output.request_id]
+                        job.read(output)
+                        must_abort = job.processor.must_abort
+                        if must_abort and (last := self.engine.abort(output.request_id)):
+                            job.read(last)
+                        progress.update(job.completion.finished())
+                    self.engine.advance_background()
+            finally:
+                for request_id in jobs_by_id:
+                    self.engine.abort(request_id)
 
 
 @dataclass

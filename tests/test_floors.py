@@ -20,6 +20,7 @@ FLOORS = {
     "cache": 0,
     "import_path": 0,
     "errors": 0,
+    "interrupts": 0,
     "request": 0,
     "validation": 0,
     "modes": 0,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
+import signal
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,35 @@ def test_a_bias_out_of_bounds_names_its_token(amount):
     with pytest.raises(RequestError, match=r"logit_bias.7=.* a number in \[-100, 100\]") as caught:
         SamplingParams(logit_bias={5: 1, 7: amount})
     assert caught.value.param == "logit_bias.7"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_ends_what_runs_between_two_steps(checkpoint, monkeypatch, presses):
+    """torch makes a RuntimeError of a KeyboardInterrupt that is raised below it, as compiled code
+    would meet it. Another Ctrl-C does not wait for the step."""
+    llm = LLM(checkpoint, enforce_eager=True, **LIMITS)
+    launch = llm.engine.runner.execute_model
+    step_ended = []
+
+    def pressed(*arguments):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        launch(*arguments)
+        step_ended.append(True)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        monkeypatch.setattr(llm.engine.runner, "execute_model", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[1], [2]], greedy())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    monkeypatch.undo()
+    assert len(step_ended) == 2 - presses
+    assert not llm.engine.has_work
+    if presses == 1:
+        assert len(llm.generate([[1]], greedy())[0].outputs[0].token_ids) == 8
 
 
 @pytest.mark.parametrize("part", ["execute_model", "sample_tokens"])

@@ -5,10 +5,7 @@ Knows: chat templates, the engine, and how tokens become text. Knows nothing of 
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from minisrv.chat import COMPLETION_TOKENS, NO_TEMPLATE, Message, Note, Piece
@@ -17,6 +14,7 @@ from minisrv.config import ChatConfig, EngineConfig
 from minisrv.engine.builder import build_engine
 from minisrv.engine.core import EngineCore
 from minisrv.errors import ContextLengthError
+from minisrv.interrupts import deferred_interrupts
 from minisrv.progress import StartupProgress
 from minisrv.request import EngineRequest, FinishReason
 from minisrv.server.request_schemas import GenerationRequest
@@ -99,12 +97,11 @@ class LocalModel:
         )
         processor = OutputProcessor(text)
         reason = None
-        with _interrupts() as pressed:
+        with deferred_interrupts() as check_interrupt:
             self._engine.add(request)
             try:
                 while reason is None:
-                    if pressed.is_set():
-                        raise KeyboardInterrupt
+                    check_interrupt()
                     for output in self._engine.step():
                         delta = processor.process(output)
                         if delta is not None:
@@ -125,15 +122,3 @@ def _pieces(parser: ChatParser | None, text: str, *, final: bool) -> Iterator[Pi
         # No tools were offered, so nothing looks for calls of them.
         assert isinstance(delta, ContentDelta | ReasoningDelta)
         yield delta
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Return a context whose event is set once Ctrl-C is pressed, in place of a KeyboardInterrupt,
-    which in the middle of a step would break the engine."""
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda signum, frame: pressed.set())
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
