@@ -29,12 +29,13 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def cpu_server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server on the CPU, for tests that count steps by captured size: on a GPU another size may
-    be measured as cheaper."""
+    """A server on the CPU of which all graphs serve, for tests that count steps by captured size:
+    on a GPU another size may be measured as cheaper."""
     if torch.cuda.is_available():
-        yield from _serve("--device", "cpu")
+        for server in _serve("--device", "cpu"):
+            yield server.wait_filled()
     else:
-        yield request.getfixturevalue("server")
+        yield request.getfixturevalue("server").wait_filled()
 
 
 @pytest.fixture(scope="session")

@@ -161,6 +161,11 @@ class Server:
         assert self.get("/ready").status_code == 200
         return self
 
+    def wait_filled(self) -> Server:
+        """Wait until all graphs serve."""
+        until(lambda: self.get("/ready").json()["graphs"]["missing"] == 0, "all graphs")
+        return self
+
     # ---- processes ---------------------------------------------------------------------------
 
     def group(self) -> set[int]:
