@@ -60,8 +60,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings by which few layers are of all kinds."""
 
 
-@pytest.mark.parametrize("name", [*MATCHES, "opt"])
+@pytest.mark.parametrize("name", [*MATCHES, "opt", "gpt_bigcode"])
 def test_the_pieces_compute_the_forward(name: str, tmp_path: Path):
+    """The queries of gpt_bigcode are a part of what a product is split into, of which a pass once
+    asked for the shape."""
     matches = rewritten(tmp_path, name, **SETTINGS.get(name, {}))
     assert matches == MATCHES.get(name, matches)
 

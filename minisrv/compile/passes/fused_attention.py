@@ -134,7 +134,10 @@ def _base(node: Any) -> Any:
 
 
 def _has_elements_of(node: Any, other: Any) -> bool:
-    """Whether the sizes of two tensors are the same, besides those of one and their order."""
+    """Whether the sizes of two tensors are the same, besides those of one and their order. One may
+    also be the parts that a tensor is split into, which are none."""
+    if not isinstance(example(other), torch.Tensor):
+        return False
     before, after = Counter(sizes(other)), Counter(sizes(node))
     return all(before[size] == after[size] for size in {*before, *after} - {1})
 
