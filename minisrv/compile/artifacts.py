@@ -40,6 +40,12 @@ PROGRAM, SLOWNESS = "program.msgpack", "slowness.msgpack"
 _CODE = ("compile", "kernels", "nn", "graph", "checkpoint/transformers_decoder.py")
 """The parts of the package on which the content of artifacts depends."""
 
+_SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "AOTI_", "ATEN_CPU_CAPABILITY")
+"""How the names of environment variables begin by which torch's compiler is set."""
+
+_PLACES = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"}
+"""Those of them on which no code depends; a process that compiles sets them itself."""
+
 _NOTE = ".tried"
 """Suffix of the name of a note that a process tries a package."""
 
@@ -81,15 +87,19 @@ class Slowness(msgspec.Struct, frozen=True):
 
 def environment(device: str) -> tuple[str, ...]:
     """Return what every artifact depends on besides its content: the device and the instructions
-    that it may use, the versions of torch and Python, and this package's code; for "cuda" also the
-    current GPU and Triton, which compiles for it."""
+    that it may use, the versions of torch and Python, this package's code, and the environment
+    variables that change what torch's compiler makes; for "cuda" also the current GPU and Triton,
+    which compiles for it."""
     instructions = hashlib.sha256(processor()).hexdigest()
     python = ".".join(map(str, sys.version_info[:2]))
     gpu: tuple[str, ...] = ()
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         gpu = torch.cuda.get_device_name(), capability, version("triton")
-    return device, *gpu, instructions, torch.__version__, python, code_digest(_CODE)
+    names = sorted(name for name in os.environ if name.startswith(_SETTINGS))
+    settings = (f"{name}={os.environ[name]}" for name in names if name not in _PLACES)
+    code = torch.__version__, python, code_digest(_CODE)
+    return device, *gpu, instructions, *code, *settings
 
 
 def program_directory(key: str) -> Path:

@@ -86,3 +86,27 @@ def test_keys_are_the_same_in_every_process_and_depend_on_what_is_compiled(tmp_p
     # 9,000 tokens need pieces for more rows than those of 64 tokens.
     assert job_of(directory, "transformers", max_num_tokens=9000).key() != job.key()
     assert job_of(directory, "transformers", max_num_tokens=65).key() == job.key()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ATEN_CPU_CAPABILITY", True),
+        ("TORCHINDUCTOR_USE_FAST_MATH", True),
+        ("AOT_INDUCTOR_DEBUG_INTERMEDIATE_VALUE_PRINTER", True),
+        ("TORCHINDUCTOR_CACHE_DIR", False),
+        ("TORCHINDUCTOR_COMPILE_THREADS", False),
+        ("TORCH_LOGS", False),
+    ],
+)
+def test_keys_depend_on_the_variables_by_which_the_compiler_is_set(
+    name: str, changes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A package that was made for a debugger, or for a smaller processor, was served by every later
+    start without the variable."""
+    job = job_of(make_checkpoint(tmp_path), "minisrv")
+    before = job.key(), job.environment()
+    monkeypatch.setenv(name, "1")
+    assert (job.key() != before[0], job.environment() != before[1]) == (changes, changes)
+    monkeypatch.setenv(name, "2")
+    assert len({before[0], job.key()}) == 1 + changes
