@@ -43,8 +43,14 @@ _CODE = ("compile", "kernels", "nn", "graph", "checkpoint/transformers_decoder.p
 _SETTINGS = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "AOTINDUCTOR_", "AOTI_", "ATEN_CPU_CAPABILITY")
 """How the names of environment variables begin by which torch's compiler is set."""
 
-_PLACES = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS"}
-"""Those of them on which no code depends; a process that compiles sets them itself."""
+_TRITON_SETTINGS = "TRITON_"
+"""The same for Triton."""
+
+_PLACES = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_CACHE_DIR"}
+"""Those of them on which no code depends; processes of this server set them."""
+
+_LOCK = "pieces.lock"
+"""The file that a process locks to be alone."""
 
 _NOTE = ".tried"
 """Suffix of the name of a note that a process tries a package."""
@@ -88,18 +94,24 @@ class Slowness(msgspec.Struct, frozen=True):
 def environment(device: str) -> tuple[str, ...]:
     """Return what every artifact depends on besides its content: the device and the instructions
     that it may use, the versions of torch and Python, this package's code, and the environment
-    variables that change what torch's compiler makes; for "cuda" also the current GPU and Triton,
-    which compiles for it."""
+    variables that change what compilers make; for "cuda" also the current GPU and Triton, which
+    compiles for it."""
     instructions = hashlib.sha256(processor()).hexdigest()
     python = ".".join(map(str, sys.version_info[:2]))
     gpu: tuple[str, ...] = ()
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         gpu = torch.cuda.get_device_name(), capability, version("triton")
-    names = sorted(name for name in os.environ if name.startswith(_SETTINGS))
-    settings = (f"{name}={os.environ[name]}" for name in names if name not in _PLACES)
     code = torch.__version__, python, code_digest(_CODE)
-    return device, *gpu, instructions, *code, *settings
+    return device, *gpu, instructions, *code, *compiler_settings(device)
+
+
+def compiler_settings(device: str) -> list[str]:
+    """Return the environment variables that change what a compiler makes for a device, with their
+    values."""
+    begin = (*_SETTINGS, _TRITON_SETTINGS) if device == "cuda" else _SETTINGS
+    names = sorted(name for name in os.environ if name.startswith(begin))
+    return [f"{name}={os.environ[name]}" for name in names if name not in _PLACES]
 
 
 def program_directory(key: str) -> Path:
@@ -173,9 +185,24 @@ def read_package(key: str, digest: str | None = None) -> Package:
 def write_package(key: str, package: Package) -> str:
     """Keep the package of a piece, and return the digest of its content. Raises CompilationError if
     it cannot be kept."""
-    body = key.encode() + msgspec.msgpack.encode(package)
+    body = _body(key, package)
     _write(_package_path(key), body)
     return package_digest(body)
+
+
+def digest_of(key: str, package: Package) -> str:
+    """Return the digest of the content of a package, as `write_package` does."""
+    return package_digest(_body(key, package))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Keep other processes that want to be alone from the packages for the block. Raises OSError
+    and RuntimeError as `cache_directory` does."""
+    with (cache_directory("compiled") / _LOCK).open("wb") as file:
+        with suppress(OSError):  # raised by a file system that has no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
@@ -268,6 +295,10 @@ def _read_of_program(directory: Path, name: str) -> bytes:
 
 def _write_of_program(directory: Path, name: str, body: bytes) -> None:
     _write(directory / name, directory.name.encode() + body)
+
+
+def _body(key: str, package: Package) -> bytes:
+    return key.encode() + msgspec.msgpack.encode(package)
 
 
 def _package_path(key: str) -> Path:

@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import Pipe
@@ -63,6 +63,7 @@ _TRIAL = ".trial"
 """Suffix of the name of a file with the package that a process loads."""
 
 _NICE = 19
+_ENDED_FIRST = 1000
 _LAST_LINES = 12
 
 
@@ -221,7 +222,9 @@ def keep_piece(
         return package
 
     package, aside = kept(), artifacts.read_aside(key)
-    if package is None:
+    if package is not None:
+        digest = artifacts.digest_of(key, package)
+    else:
         artifacts.check_aside(key)
         if aside is not None and aside.times >= MOST_CRASHES and not again:
             raise CompilationError(
@@ -231,11 +234,15 @@ def keep_piece(
         made = make()
         load(made)
         # If another server has made the piece meanwhile, its program names the digest of that one.
-        package = kept() or made
-    file = PieceFile(key, artifacts.write_package(key, package))
+        with artifacts.alone():
+            package = kept()
+            if package is not None:
+                digest = artifacts.digest_of(key, package)
+            else:
+                digest = artifacts.write_package(key, made)
     if aside is not None:
         artifacts.forget_aside(key)
-    return file
+    return PieceFile(key, digest)
 
 
 def _set_aside(scratch: Path, process: ChildProcess) -> str:
@@ -461,11 +468,14 @@ class CompileProcess:
 
 
 def _lower_priority(yields: bool) -> None:
-    """Give this process, and those that it starts, the lowest priority.
+    """Give this process, and those that it starts, the lowest priority, and let the kernel end them
+    before all others where memory runs out: the server can go on without them.
 
     yields: whether they run only while nobody else wants their core.
     """
     os.nice(_NICE)
+    with suppress(OSError):  # a sandbox may not have the file
+        Path("/proc/self/oom_score_adj").write_text(str(_ENDED_FIRST))
     # Linux has that policy; the scheduler then interrupts them at once for others.
     if yields and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from minisrv.cache import cache_directory, write_cached
 from minisrv.compile import artifacts
 from minisrv.compile.program import LoadedPiece, Program
-from minisrv.compile.values import Description
+from minisrv.compile.values import Description, PieceFile
 from minisrv.compile.worker import keep_piece
 from minisrv.errors import CompilationError
 from tests.compile.compiled import Compiled
@@ -154,6 +155,28 @@ def test_a_piece_that_another_server_has_made_meanwhile_is_taken(
 
     kept = keep_piece(file.key, 99, make, tmp_path)
     assert (kept.key, kept.digest) == (file.key, file.digest)
+    assert load(one_program, copy[0]) is not None
+
+
+def test_two_servers_that_end_a_piece_at_the_same_time_keep_one_package(
+    copy: tuple[Path, Path], one_program: Compiled, tmp_path: Path
+):
+    """Each looked whether there was one, and then wrote its own: the program of the one that wrote
+    first named a package that was gone, and did not serve."""
+    body = artifacts.read_description(copy[0].parent)
+    file = msgspec.msgpack.decode(body, type=Description).pieces[-1]
+    good = artifacts.read_package(file.key)
+    copy[1].unlink()
+    mine = artifacts.Package([*good.written, 0], good.body)
+    kept: list[PieceFile] = []
+    other = Thread(target=lambda: kept.append(keep_piece(file.key, 99, lambda: mine, tmp_path)))
+    with artifacts.alone():
+        other.start()
+        other.join(timeout=1)
+        assert not kept
+        assert artifacts.write_package(file.key, good) == file.digest
+    other.join()
+    assert [one.digest for one in kept] == [file.digest]
     assert load(one_program, copy[0]) is not None
 
 

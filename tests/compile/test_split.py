@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from torch._dynamo.utils import counters
 
+from minisrv.compile.artifacts import compiler_settings
 from minisrv.compile.values import AddNormCall, AttentionCall, PieceCall, ProductCall
 from tests.architectures import make_transformers_checkpoint
 from tests.checkpoints import make_checkpoint
@@ -110,3 +111,11 @@ def test_keys_depend_on_the_variables_by_which_the_compiler_is_set(
     assert (job.key() != before[0], job.environment() != before[1]) == (changes, changes)
     monkeypatch.setenv(name, "2")
     assert len({before[0], job.key()}) == 1 + changes
+
+
+def test_triton_is_set_for_a_gpu_only(monkeypatch: pytest.MonkeyPatch):
+    before = compiler_settings("cpu"), compiler_settings("cuda")
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    assert compiler_settings("cpu") == before[0]
+    assert {*compiler_settings("cuda")} - {*before[1]} == {"TRITON_F32_DEFAULT=ieee"}
