@@ -8,7 +8,7 @@
     |  |- UnknownArchitectureError
     |  `- WeightsError        missing, unexpected or misshapen weights
     |- CompilationError       a model cannot be compiled, or what was compiled cannot be used
-    |  `- CrashError          an engine has ended while it tried what was compiled
+    |  `- CrashError          engines have ended while they tried what was compiled
     |- GraphError             a graph cannot be used
     |  |- GraphCaptureError   the captured code did something that a graph cannot record
     |  `- CertificationError  a captured graph differs from eager
@@ -160,7 +160,7 @@ class CompilationError(MinisrvError):
 
 
 class CrashError(CompilationError):
-    """An engine has ended while it tried what was compiled, so it is not tried again."""
+    """Engines have ended while they tried what was compiled, so it is not tried again."""
 
 
 class RequestError(MinisrvError):

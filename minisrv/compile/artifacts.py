@@ -7,8 +7,9 @@ file begins with its key, so that it is not taken for another one.
 
 A package is machine code, which may end the process that tries it. Where a process that compiles
 does, its parent sets the package aside. An engine has nobody to do that, and would end at each
-start; so it leaves a note in the cache as long as it tries a package (`tried`). Who finds the note
-of a process that has ended sets the package aside.
+start; so it leaves a note in the cache as long as it tries a package (`tried`). Who finds the notes
+of two processes that have ended sets the package aside. One may have been killed by somebody, as
+each engine is whose server is stopped while it loads.
 
 Knows: where artifacts lie, and when one is trusted. Knows nothing of what a program does, nor of
 compilers.
@@ -52,6 +53,9 @@ _PLACES = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_C
 _LOCK = "pieces.lock"
 """The file that a process locks to be alone."""
 
+MOST_DEATHS = 2
+"""The number of engines that have ended while they tried a package after which it is set aside."""
+
 _NOTE = ".tried"
 """Suffix of the name of a note that a process tries a package."""
 
@@ -71,7 +75,7 @@ class PackageAside(msgspec.Struct, frozen=True):
     """A package that has crashed a process that tried it.
 
     times: how often packages of this piece have done that.
-    engine: whether one of these processes was an engine. An engine tries only what a process that
+    engine: whether these processes were engines. An engine tries only what a process that
         compiles could load, so that one would not find out about another package either.
     """
 
@@ -157,7 +161,7 @@ def read_package(key: str, digest: str | None = None) -> Package:
 
     digest: the digest that its content must have; None for any.
     Raises CompilationError if there is none, or none that is trusted, or another one, and
-    CrashError if an engine has ended while it tried a package of this piece. Raises OSError and
+    CrashError if engines have ended while they tried a package of this piece. Raises OSError and
     RuntimeError as `cache_directory` does.
     """
     check_aside(key)
@@ -174,10 +178,9 @@ def read_package(key: str, digest: str | None = None) -> Package:
         package = msgspec.msgpack.decode(memoryview(body)[len(named) :], type=Package)
     except msgspec.MsgspecError as error:
         raise CompilationError(f"{path} is no package: {error}") from error
-    if notes := _notes_left(key):
+    if len(_notes_left(key)) >= MOST_DEATHS:
         set_aside(key, package, engine=True)
-        for note in notes:
-            _remove(note)
+        passed(key)
         check_aside(key)
     return package
 
@@ -209,7 +212,7 @@ def alone() -> Iterator[None]:
 def tried(key: str) -> Iterator[None]:
     """Note in the cache, for the block, that this engine tries the package of a piece. The note is
     left if the process ends in the block. That should not take long: to be killed there looks like
-    a crash. If the cache cannot be written, there is no note."""
+    a crash, until `passed`. If the cache cannot be written, there is no note."""
     with ExitStack() as left:
         with suppress(OSError, RuntimeError):
             directory = _package_path(key).parent
@@ -221,6 +224,14 @@ def tried(key: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             note = note.rename(directory / f"{key}.{note.name}{_NOTE}")
         yield
+
+
+def passed(key: str) -> None:
+    """Remove the notes of processes that have ended while they tried a package of a piece, because
+    it has been tried to the end since, or is set aside."""
+    with suppress(OSError, RuntimeError):
+        for note in _notes_left(key):
+            _remove(note)
 
 
 def _notes_left(key: str) -> list[Path]:
@@ -236,12 +247,13 @@ def _notes_left(key: str) -> list[Path]:
 
 
 def check_aside(key: str) -> None:
-    """Raise CrashError if an engine has ended while it tried a package of a piece."""
+    """Raise CrashError if engines have ended while they tried a package of a piece."""
     aside = read_aside(key)
     if aside is not None and aside.engine:
         raise CrashError(
-            f"an engine has ended while it tried the package of the piece {key}, which is set "
-            f"aside as {_path_aside(key)}. It is tried again when that file has been removed."
+            f"{MOST_DEATHS} engines have ended while they tried the package of the piece {key}, "
+            f"which is set aside as {_path_aside(key)}. It is tried again when that file has been "
+            "removed."
         )
 
 

@@ -47,7 +47,7 @@ class PieceCompiler:
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
-        cannot is discarded; the log says why. Raises CrashError if an engine has ended while it
+        cannot is discarded; the log says why. Raises CrashError if engines have ended while they
         tried a package of it, which is not compiled again."""
         directory = self._job.kept_program()
         if directory is None:

@@ -19,7 +19,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path as FilePath
 from typing import Any, Protocol, TypeVar
@@ -143,19 +142,16 @@ class LoadedPiece(Piece):
     """A piece whose package is loaded."""
 
     def __init__(
-        self,
-        package: artifacts.Package,
-        num_arguments: int,
-        tried: Callable[[], AbstractContextManager[None]] = nullcontext,
+        self, package: artifacts.Package, num_arguments: int, noted: str | None = None
     ) -> None:
         """Load a package. Raises RuntimeError.
 
-        tried: returns the context in which its code is tried: when it is loaded, and when it runs
-            for the first time.
+        noted: the key of the piece, if the cache is to know that its code is tried
+            (`artifacts.tried`): when it is loaded, and when it runs for the first time.
         """
         super().__init__(package, num_arguments)
-        self._tried: Callable[[], AbstractContextManager[None]] | None = tried
-        with tried(), _scratch_directory() as scratch:
+        self._noted = noted
+        with self._tried(), _scratch_directory() as scratch:
             # What was checked is what is loaded. The loader takes a file, and unpacks it.
             file = scratch / "piece.pt2"
             file.write_bytes(package.body)
@@ -163,13 +159,17 @@ class LoadedPiece(Piece):
             make = torch._C._aoti.AOTIModelPackageLoader
             self._package = make(str(file), "model", True, 1, -1)
 
+    def _tried(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._noted is None else artifacts.tried(self._noted)
+
     def _run(self, arguments: list[Tensor]) -> None:
-        if self._tried is None:
+        if self._noted is None:
             self._package.boxed_run(arguments)
             return
         with self._tried():
             self._package.boxed_run(arguments)
-        self._tried = None
+        artifacts.passed(self._noted)
+        self._noted = None
 
 
 @contextmanager
@@ -285,7 +285,7 @@ class Program(Compiled):
         between: is called before each package, and before each weight, where the caller may do
             something else that does not use them.
 
-        Raises CrashError if an engine has ended while it tried a package of the program.
+        Raises CrashError if engines have ended while they tried a package of the program.
         """
         try:
             return cls._load(directory, model, between)
@@ -302,8 +302,7 @@ class Program(Compiled):
         pieces = []
         for index, (package, size) in enumerate(zip(packages, _sizes(description), strict=True)):
             between()
-            tried = partial(artifacts.tried, description.pieces[index].key)
-            pieces.append(LoadedPiece(package, size, tried))
+            pieces.append(LoadedPiece(package, size, description.pieces[index].key))
         program = cls(description, pieces, model, between)
         logger.info("loaded %s", program.summary)
         return program

@@ -349,7 +349,10 @@ class CompileProcess:
         helped: whether a second process takes a share of the pieces.
         again: see `keep_piece`.
         timeout: number of seconds after which it is ended.
+
+        Raises OSError if the checkpoint cannot be read.
         """
+        self._key = job.key()
         self._scratch = tempfile.TemporaryDirectory(
             prefix="minisrv-compile-",
             # A compiler of C++ that the process has started may still write there.
@@ -409,7 +412,7 @@ class CompileProcess:
                 if isinstance(said, Progress):
                     self._progress = said
                 else:
-                    self._answer = said
+                    self._answer = self._checked(said)
         now = time.monotonic()
         if self._answer is None and self._yields and now > self._heard + PATIENCE:
             self._take_cores()
@@ -423,6 +426,16 @@ class CompileProcess:
             self._helper.kill()
         # A process takes a while to give its memory back, for which `close` would wait.
         return self._answer if late or self._has_ended else self._progress
+
+    def _checked(self, said: Path | MinisrvError) -> Path | MinisrvError:
+        """Return an answer, or an error in place of a program that is not for this process: the
+        other one reads code and config.json as they are now."""
+        if isinstance(said, Path) and said.name != self._key:
+            return CompilationError(
+                "the model was compiled by other code, or for another config.json, than this "
+                "server was started with, because files have changed since; start it again."
+            )
+        return said
 
     @property
     def _has_ended(self) -> bool:

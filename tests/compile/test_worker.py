@@ -157,6 +157,21 @@ def test_a_death_is_an_answer(tmp_path: Path):
     assert "by SIGKILL" in answer.message
 
 
+def test_a_program_by_other_code_than_that_of_the_server_is_an_error(tmp_path: Path):
+    """An upgrade had changed the files under a server, whose process that compiles imports them
+    anew: the server loaded what was compiled for the version that it was not."""
+    job = job_of(make_checkpoint(tmp_path), "minisrv", dtype="float33")
+    for name, is_taken in ((job.key(), True), ("0" * 32, False)):
+        process = CompileProcess(job)
+        process._answers.close()
+        process._answers, theirs = Pipe(duplex=False)
+        theirs.send(tmp_path / name)
+        answer = run(process)
+        theirs.close()
+        assert isinstance(answer, Path) == is_taken
+        assert is_taken or "by other code" in answer.message
+
+
 def test_who_helps_takes_what_nobody_makes_from_the_last_on(tmp_path: Path):
     """What the other process has claimed is left to it, and made after its end if it has not."""
     made: list[int] = []

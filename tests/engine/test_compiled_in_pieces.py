@@ -96,16 +96,18 @@ def test_what_is_compiled_serves_now_and_after_a_restart(
     # Only a start that compiles has graphs of both codes.
     assert planned == [1, 2, 1, 1]
 
-    # An engine that dies of a package does so once; what is left of the program is not compiled.
+    # Two engines die of a package, as one may have been killed; what is left of the program is
+    # not compiled.
     [description] = (tmp_path / "cache").rglob(artifacts.PROGRAM)
     whole = description.read_bytes()
     crash(description.parent, tmp_path)
-    ended = subprocess.run([sys.executable, "-c", START, checkpoint, repr(LIMITS)], cwd=ROOT)
-    assert ended.returncode == -signal.SIGABRT
+    for _ in range(artifacts.MOST_DEATHS):
+        ended = subprocess.run([sys.executable, "-c", START, checkpoint, repr(LIMITS)], cwd=ROOT)
+        assert ended.returncode == -signal.SIGABRT
     crashed = LLM(checkpoint, **LIMITS)
     report = crashed.engine.info.compilation
     assert report.refusals == {"load": 1}
-    assert "an engine has ended while it tried the package" in report.reason
+    assert "2 engines have ended while they tried the package" in report.reason
     assert tokens(crashed) == (expected, own)
     assert planned[4:] == [1]
 
