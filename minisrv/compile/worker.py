@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -55,6 +56,10 @@ share them."""
 
 MOST_CRASHES = 2
 """The number of crashes by packages of one piece after which it is not made again."""
+
+_STRETCHED = re.compile(rb'"(dynamic[^"]*|longrope|su|yarn)"')
+"""What a config.json says of a model whose rotation may depend on the context that is served, by
+all names that transformers reads. No other code depends on it."""
 
 _FAULTS = {-getattr(signal, f"SIG{name}") for name in ("SEGV", "BUS", "ILL", "FPE", "ABRT")}
 """The exit statuses of a process that has crashed by itself."""
@@ -109,8 +114,12 @@ class CompileJob:
         read."""
         code = version("transformers") if self.model.implementation == "transformers" else ""
         settings = (self.dtype, str(self.quantization), str(self.passes))
-        parts = (repr(self.model), *settings, code, *self.environment())
         described = (self.directory / "config.json").read_bytes()
+        model = self.model
+        if not _STRETCHED.search(described):
+            # The context may follow the memory that is free at a start, and would change the key.
+            model = replace(model, max_position_embeddings=0)
+        parts = (repr(model), *settings, code, *self.environment())
         return hashlib.sha256("\0".join(parts).encode() + described).hexdigest()[:32]
 
     def program_directory(self) -> Path | None:

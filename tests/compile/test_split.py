@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch._dynamo.utils import counters
@@ -119,3 +121,36 @@ def test_triton_is_set_for_a_gpu_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     assert compiler_settings("cpu") == before[0]
     assert {*compiler_settings("cuda")} - {*before[1]} == {"TRITON_F32_DEFAULT=ieee"}
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "depends"),
+    [
+        ("llama", {}, False),
+        ("gemma3_text", {}, False),
+        ("gpt2", {}, False),
+        ("llama", {"rope_parameters": LONGROPE}, True),
+    ],
+)
+def test_keys_depend_on_the_context_where_the_code_does(
+    name: str, settings: dict[str, Any], depends: bool, tmp_path: Path
+):
+    """Without --max-model-len the context may follow the memory that is free. A model with a long
+    one was compiled anew at each start."""
+    make_transformers_checkpoint(tmp_path, name, num_hidden_layers=2, **settings)
+    job = job_of(tmp_path, "transformers")
+    jobs = [replace(job, model=job.model.for_context(context)) for context in (100, 300)]
+    made = [schedule_of(one) for one in jobs]
+    contents = {(repr(one.calls), *(piece.content() for piece in one.pieces)) for one in made}
+    assert len({one.key() for one in jobs}) == 1 + depends
+    assert len(contents) <= 1 + depends
