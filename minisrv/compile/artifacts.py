@@ -33,6 +33,7 @@ import torch
 
 from minisrv.cache import cache_directory, code_digest, read_cached, write_cached
 from minisrv.errors import CompilationError, CrashError
+from minisrv.kernels.linear import onednn_takes
 from minisrv.kernels.native import processor
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ _TRITON_SETTINGS = "TRITON_"
 
 _PLACES = {"TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_CACHE_DIR"}
 """Those of them on which no code depends; processes of this server set them."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of weights for which oneDNN may have a layout."""
 
 _LOCK = "pieces.lock"
 """The file that a process locks to be alone."""
@@ -98,16 +102,19 @@ class Slowness(msgspec.Struct, frozen=True):
 def environment(device: str) -> tuple[str, ...]:
     """Return what every artifact depends on besides its content: the device and the instructions
     that it may use, the versions of torch and Python, this package's code, and the environment
-    variables that change what compilers make; for "cuda" also the current GPU and Triton, which
+    variables that change what compilers make; for "cpu" also the layouts of weights that oneDNN
+    offers, which settings of its own restrict; for "cuda" the current GPU and Triton, which
     compiles for it."""
     instructions = hashlib.sha256(processor()).hexdigest()
     python = ".".join(map(str, sys.version_info[:2]))
-    gpu: tuple[str, ...] = ()
+    own: tuple[str, ...]
     if device == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        gpu = torch.cuda.get_device_name(), capability, version("triton")
+        own = torch.cuda.get_device_name(), capability, version("triton")
+    else:
+        own = tuple(str(dtype) for dtype in _DTYPES if onednn_takes(dtype))
     code = torch.__version__, python, code_digest(_CODE)
-    return device, *gpu, instructions, *code, *compiler_settings(device)
+    return device, *own, instructions, *code, *compiler_settings(device)
 
 
 def compiler_settings(device: str) -> list[str]:

@@ -352,7 +352,7 @@ def _unquantized_method(
     if (gpu := gpu_of(weight.device)) is not None:
         capable = gpu.capability >= TENSOR_CORES
         return TensorCoreLinearMethod if capable else UnquantizedLinearMethod
-    return OneDNNLinearMethod if _onednn_takes(weight.dtype) else UnquantizedLinearMethod
+    return OneDNNLinearMethod if onednn_takes(weight.dtype) else UnquantizedLinearMethod
 
 
 METHODS: dict[str, type[LinearMethod]] = {
@@ -412,7 +412,7 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
+def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether oneDNN has native kernels for `dtype` on this machine, and not an emulation."""
     if not torch.backends.mkldnn.is_available():
         return False

@@ -69,7 +69,7 @@ def test_large_products_are_merged_only_where_their_weights_lie_side_by_side(
         return apply_passes(trace(lambda: make(job, "dummy"), "cpu"))["merged projections"]
 
     assert merged() == 0, "in the layout of oneDNN"
-    monkeypatch.setattr(linear, "_onednn_takes", lambda dtype: False)
+    monkeypatch.setattr(linear, "onednn_takes", lambda dtype: False)
     assert merged() == 2
 
 
@@ -77,7 +77,7 @@ def test_large_products_are_merged_only_where_their_weights_lie_side_by_side(
 def test_the_merged_weight_of_one_input_takes_no_memory(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(linear, "_onednn_takes", lambda dtype: False)
+    monkeypatch.setattr(linear, "onednn_takes", lambda dtype: False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 32, generator=generator)
     weights = [torch.randn(width, 32, generator=generator) for width in (48, 16, 8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
+from minisrv.compile import artifacts
 from minisrv.compile.artifacts import compiler_settings
 from minisrv.compile.values import AddNormCall, AttentionCall, PieceCall, ProductCall
+from minisrv.kernels.linear import onednn_takes
 from tests.architectures import make_transformers_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.compile.compiled import SHAPE, job_of, schedule_of
@@ -154,3 +158,22 @@ def test_keys_depend_on_the_context_where_the_code_does(
     contents = {(repr(one.calls), *(piece.content() for piece in one.pieces)) for one in made}
     assert len({one.key() for one in jobs}) == 1 + depends
     assert len(contents) <= 1 + depends
+
+
+ENVIRONMENT = "from minisrv.compile import artifacts; print(artifacts.environment('cpu'))"
+
+
+@pytest.mark.skipif(not onednn_takes(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+def test_keys_depend_on_the_layouts_of_weights():
+    """A program reads weights in the layout of the process that compiled it. It was loaded by one
+    whose weights had another, because a variable hides instructions from oneDNN."""
+    settings = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    told = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=settings,
+    )
+    assert told.stdout.strip() != str(artifacts.environment("cpu"))
