@@ -73,9 +73,10 @@ class StepSample(NamedTuple):
 class CostModel:
     """Predicts the duration of steps.
 
-    samples: the timed steps to which the model is fitted, at least one for each way in which a step
-        can run. Steps that run unlike all of them are predicted to take no time, so without samples
-        every step is.
+    samples: the timed steps to which the model is fitted. Steps that run like none of them, such as
+        eager ones whose graph has been taken out of service, begin with the bases of others. Only
+        if no step of pure decode has been timed, all of these are predicted to take no time, and so
+        are steps with prefill if none of them has been timed.
     """
 
     def __init__(self, samples: Iterable[StepSample] = ()) -> None:
@@ -130,10 +131,20 @@ class CostModel:
     def _fitted_ms(self, key: GraphKey, work: AttentionWork) -> float:
         """Return the duration at the pace of 1."""
         kind = _kind(key)
-        bases = self._bases.get(kind)
+        bases = self._bases.get(kind) or self._begin_kind(kind)
         if bases is None:
             return 0.0
         return bases.at(key[1].num_tokens) + self._rates[kind[1]].ms(work)
+
+    def _begin_kind(self, kind: _Kind) -> _Bases | None:
+        """Give steps that run like none that was timed the bases of others, of which the smallest
+        steps are known, and return them; None if there are no others. What they take longer is
+        learnt when they are served."""
+        others = [bases for (_, decode), bases in self._bases.items() if decode is kind[1]]
+        if not others:
+            return None
+        self._bases[kind] = min(others, key=lambda bases: bases.sizes[0]).copy()
+        return self._bases[kind]
 
     def observe(self, sample: StepSample) -> None:
         """Learn from a step that has been served."""
@@ -255,6 +266,10 @@ class _Bases:
             for size in sizes
         ]
         return cls(sizes, _ascending(bases), [[] for _ in sizes])
+
+    def copy(self) -> _Bases:
+        """Return the same bases, from which nothing is pending."""
+        return _Bases([*self.sizes], [*self.base_ms], [[] for _ in self.sizes])
 
     def add(self, size: int, base_ms: float) -> None:
         """Set the base at one more size, between those of the next sizes. One that is known

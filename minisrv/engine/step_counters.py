@@ -229,7 +229,7 @@ class StepCounters:
     ) -> None:
         """Count the time of the oldest step in flight, let the cost model learn from it if there is
         a target, and complete its record. A step that waits for the host between its stages is no
-        example of any other.
+        example of any other, nor is one for which the clock is too coarse.
 
         had_work_throughout: whether there has been work ever since the step before it.
         """
@@ -239,7 +239,7 @@ class StepCounters:
                 self._gpu_idle_ms += taken.idle_ms
         predicted_ms = None
         waits_for_host = step.needs_logits or step.has_structured_output_requests
-        if self._budget.has_target and not waits_for_host:
+        if self._budget.has_target and not waits_for_host and taken.busy_ms > 0:
             sample = StepSample(dispatch.key, step.work, taken.busy_ms)
             if predicted_ms := self.cost_model.predict(sample.key, sample.work):
                 error = abs(predicted_ms / taken.busy_ms - 1)

@@ -72,8 +72,20 @@ def test_steps_that_run_alike_have_costs_of_their_own():
     assert model.predict(mixed(64), LONG[0]) == pytest.approx(true_ms(64, LONG[0]))
     attention_ms = true_ms(0, LONG[2]) - true_ms(0, NOTHING)
     assert model.predict(eager(3584), LONG[2]) == pytest.approx(2 + 35.84 + attention_ms)
-    other = (CUDAGraphMode.PIECEWISE, BatchDescriptor(64))
-    assert model.predict(other, LONG[0]) == 0, "nothing is known of these"
+
+
+def test_steps_that_run_like_none_that_was_timed_begin_with_the_costs_of_others():
+    """A graph may be taken out of service, and its steps then run eagerly, of which none was timed
+    if graphs held all steps. They were once predicted to take no time, whatever they took."""
+    model = CostModel(MEASURED)
+    assert model.predict(eager(300), LONG[1]) == pytest.approx(true_ms(300, LONG[1]))
+    for _ in range(60 * WINDOW):
+        model.observe(sample(eager(512), NOTHING, 3.0))
+        for size in (8, 512):
+            model.observe(sample(mixed(size), NOTHING))
+    assert model.predict(eager(512), NOTHING) == pytest.approx(3 * true_ms(512, NOTHING), rel=0.02)
+    assert model.predict(mixed(512), NOTHING) == pytest.approx(true_ms(512, NOTHING), rel=0.02)
+    assert CostModel().predict(eager(512), NOTHING) == 0.0, "nothing is known of any step"
 
 
 def chunk_ms(tokens: int, history: int) -> float:

@@ -8,7 +8,8 @@ import pytest
 
 from minisrv.config import EngineConfig
 from minisrv.core.attention_work import NO_WORK, AttentionWork
-from minisrv.core.cost_model import CostModel
+from minisrv.core.budget import Chunk
+from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatcher, StepTime
 from minisrv.core.ladder import build_ladders
 from minisrv.engine.builder import build_engine
@@ -100,6 +101,22 @@ def test_a_target_changes_the_steps_and_no_token(checkpoint: str):
     steps = [sum(number for number, _ in each.values()) for each in counted]
     assert steps[0] > steps[1] == 5
     assert sum(free.stats().step_time_errors.counts) == 0
+
+
+def test_a_target_is_kept_when_the_largest_graph_is_taken_out_of_service():
+    """Its batches run eagerly, and none larger than the target allows is chosen for them."""
+    ladders = build_ladders(CUDAGraphMode.FULL_AND_PIECEWISE, 8, 512)
+    costs = StepCosts(Dispatcher(ladders), ladders, 50.0, chooses_graphs=False)
+    costs.cost_model.fit(
+        StepSample(key, NO_WORK, 10 + 0.1 * key[1].num_tokens) for key in costs.timed_keys()
+    )
+    chunks = [Chunk(0, 3000)]
+    before = costs.budget.choose(4, 400, chunks)
+    assert before == (380, BudgetReason.ITL_TARGET, pytest.approx(48.4))
+    costs.remove(ladders.mixed_key(ladders.mixed[-1]))
+    assert costs.budget.choose(4, 400, chunks) == before
+    for size in range(1, 513):
+        assert costs.budget._predict_ms(size, NO_WORK) > 0
 
 
 def test_times_that_cannot_be_used_change_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+from minisrv.core.attention_work import NO_WORK
 from minisrv.core.batch_counts import BatchCounter, rounded_size
 from minisrv.core.budget import PrefillBudget
-from minisrv.core.cost_model import CostModel
+from minisrv.core.cost_model import CostModel, StepSample
 from minisrv.core.dispatcher import Dispatch
 from minisrv.core.kv_cache import BlockPool
 from minisrv.core.scheduler import Scheduler
-from minisrv.core.step import SchedulerOutput
+from minisrv.core.step import ScheduledRow, SchedulerOutput
 from minisrv.engine.messages import SizeCount
 from minisrv.engine.step_counters import TOKEN_BOUNDS, StepCounters
 from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason
 from minisrv.request import EngineOutput, EngineRequest, SamplingParams
+from minisrv.runner.results import DeviceTime
 
 
 class Counted:
@@ -133,3 +135,19 @@ def test_no_size_is_rounded_over_the_bound_of_a_bucket() -> None:
     for size in range(1, 2 * TOKEN_BOUNDS[-1]):
         bucket = bisect_left(TOKEN_BOUNDS, size)
         assert bisect_left(TOKEN_BOUNDS, rounded_size(size)) == bucket
+
+
+def test_a_step_that_a_clock_is_too_coarse_for_is_counted_and_teaches_nothing() -> None:
+    """The error of its predicted time was once a division by zero, which ended the engine."""
+    budget = PrefillBudget(8, itl_target_ms=100.0)
+    key = CUDAGraphMode.PIECEWISE, BatchDescriptor(4)
+    counters = StepCounters(BatchCounter(), CostModel([StepSample(key, NO_WORK, 3.0)]), budget)
+    for index, (busy_ms, compared) in enumerate([(0.0, 0), (6.0, 1)]):
+        row = ScheduledRow("a", 1, index, 1, [5], False, True, None)
+        step = SchedulerOutput(index, index, [row], [], [], num_decodes=0, num_tokens=1)
+        dispatch = Dispatch(*key, Reason.HAS_PREFILL)
+        counters.count(step, dispatch, generation=0)
+        taken = DeviceTime(busy_ms, None)
+        counters.retire(step, dispatch, None, taken, had_work_throughout=False)
+        assert sum(counters.stats().step_time_errors.counts) == compared
+    assert sum(count.steps for count in counters.stats().steps) == 2
