@@ -212,12 +212,12 @@ class Scheduler:
     def _continue_run(self) -> SchedulerOutput | None:
         """Return the next step of the current run of decode steps, or None if there is no run or
         the next step cannot be the same batch: a request is at its maximum length, a waiting
-        request could be admitted, or blocks are missing."""
+        request can be admitted, or blocks are missing."""
         run = self._run
         if (
             run is None
             or run.step_index == run.last_step_index
-            or (self.waiting and self.req_indices.num_free)
+            or self._cached_blocks_of_next() is not None
         ):
             return None
         rows = run.rows_starting_a_block(run.step_index + 1)
@@ -336,24 +336,27 @@ class Scheduler:
         num_in_use = sum(map(self.block_pool.is_in_use, cached_blocks))
         return self.block_pool.num_blocks_for(request.num_tokens) - num_in_use
 
+    def _cached_blocks_of_next(self) -> list[int] | None:
+        """Return the cached blocks of the request that is admitted next; None if none can be."""
+        if not self.waiting or not self.req_indices.num_free:
+            return None
+        self._give_turn_if_due()
+        cached_blocks = self._get_computed_blocks(self.waiting[0])
+        needed = self._num_blocks_needed(self.waiting[0], cached_blocks)
+        fits = _fits(needed, self.block_pool.num_free, num_others=len(self.running))
+        return cached_blocks if fits else None
+
     def _admit(self, step: StepBuilder) -> None:
-        while self.waiting and step.num_prefill_tokens and self.req_indices.num_free:
-            self._give_turn_if_due()
-            request = self.waiting[0]
-            target = request.num_tokens
-            cached_blocks = self._get_computed_blocks(request)
-            needed = self._num_blocks_needed(request, cached_blocks)
-            if not _fits(needed, self.block_pool.num_free, num_others=len(self.running)):
-                return
-            self.waiting.popleft()
+        while step.num_prefill_tokens and (cached := self._cached_blocks_of_next()) is not None:
+            request = self.waiting.popleft()
             if self.waiting and request.priority < self.waiting[-1].priority:
                 self._num_overtakes += 1
             _insert_by_priority(self.running, request)
             request.req_index = self.req_indices.allocate()
-            request.prefill_target = target
+            request.prefill_target = request.num_tokens
             step.new_reqs.append(new_request_data(request))
-            self._use_cached_blocks(request, cached_blocks)
-            while len(request.blocks) < self.block_pool.num_blocks_for(target):
+            self._use_cached_blocks(request, cached)
+            while len(request.blocks) < self.block_pool.num_blocks_for(request.prefill_target):
                 self._allocate_block(request)
             step.new_blocks += [(request.req_index, i, b) for i, b in enumerate(request.blocks)]
             step.add(request)
@@ -365,8 +368,7 @@ class Scheduler:
             return
         self._num_overtakes = 0
         others = [request for request in self.waiting if request.priority > -math.inf]
-        if others:
-            oldest = min(others, key=attrgetter("arrival_order"))
+        if oldest := min(others, key=attrgetter("arrival_order"), default=None):
             self.waiting.remove(oldest)
             oldest.priority = -math.inf
             _insert_by_priority(self.waiting, oldest)
@@ -429,11 +431,9 @@ class Scheduler:
             outputs = self._retire_rows(step, token_ids)
         else:
             outputs = self._retire_decodes(step, run, token_ids)
-        retired = [r for r in self._retiring if r.last_step_id <= step_id]
-        if retired:
-            self._retiring = [r for r in self._retiring if r.last_step_id > step_id]
-            for request in retired:
-                self._free(request)
+        for request in [r for r in self._retiring if r.last_step_id <= step_id]:
+            self._retiring.remove(request)
+            self._free(request)
         return outputs
 
     def _retire_rows(

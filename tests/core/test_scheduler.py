@@ -504,6 +504,20 @@ def test_a_run_goes_on_by_itself_whoever_waits(monkeypatch, steps_ahead):
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_a_run_goes_on_while_the_next_request_does_not_fit(steps_ahead):
+    """A server whose cache is full decodes in runs although a request index is free, and admits the
+    request that waits in the first step for which there are blocks."""
+    scheduler = make(blocks=16, seqs=3)
+    for name in "ab":
+        add(scheduler, name, length=3, most=20)
+    add(scheduler, "long", length=48, most=5)
+    steps = run_steps(scheduler, 100, steps_ahead)
+    assert [step.num_rows for step in steps] == [2] * 20 + [1] * 7
+    assert [step.position_offset for step in steps[:20]] == [0, *range(19)]
+    assert [shape(step) for step in steps[20:23]] == [[("long", 16, False)]] * 3
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
 def test_a_run_ends_with_its_first_request(steps_ahead):
     """A run of decode steps ends when the first of its requests does, and the others go on."""
     scheduler = make(blocks=64)
