@@ -9,9 +9,10 @@ Policy, by priority, and first come first served among equals:
 - every decoding request gets one token; then as many prompt tokens as the prefill budget says
   (`budget`) are computed, in chunks, the oldest request first; waiting requests come last;
 - a request gets the blocks of its whole prompt when it is admitted, and one more whenever it has
-  filled its last one. Blocks of its beginning that the prefix cache has are shared, not computed;
-  at least one token is computed, because its result is the next token, and its cache entry goes to
-  a block that the request does not share;
+  filled its last one. Blocks of its beginning that the prefix cache has are shared, not computed,
+  and those that a running request computes now are waited for. At least one token is computed,
+  because its result is the next token, and its cache entry goes to a block that the request does
+  not share;
 - when no block is free, the last of the running requests is preempted, which is the newest among
   the least important: its blocks are freed, and its tokens are later computed again or found in
   the prefix cache. So the first request always advances, and with it the whole queue. No request
@@ -234,11 +235,7 @@ class Scheduler:
         self._end_run()
         step = StepBuilder(self._next_step)
         to_preempt = self._schedule_decodes(step)
-        prefills = [
-            request
-            for request in self.running
-            if not request.is_decoding and request is not to_preempt
-        ]
+        prefills = [r for r in self.running if not (r.is_decoding or r is to_preempt)]
         step.num_prefill_tokens = self.budget.max_num_batched_tokens - len(step.decodes)
         somebody_waits = step.decodes or len(prefills) + len(self.waiting) > 1
         if somebody_waits and self.budget.has_target:
@@ -316,17 +313,16 @@ class Scheduler:
         """Return the prompts of the waiting requests that could be admitted now: the first of them
         that have `most` tokens together."""
         chunks: list[Chunk] = []
-        num_free = self.block_pool.num_free
+        others, num_free = [*self.running], self.block_pool.num_free
         for request in islice(self.waiting, self.req_indices.num_free):
-            if most <= 0:
-                break
-            cached_blocks = self._get_computed_blocks(request)
-            needed = self._num_blocks_needed(request, cached_blocks)
-            if not _fits(needed, num_free, num_others=len(self.running) + len(chunks)):
+            cached_blocks = self._blocks_to_share(request, others, num_free)
+            if most <= 0 or cached_blocks is None:
                 break
             start = len(cached_blocks) * self.block_pool.block_size
             chunks.append(Chunk(start, request.num_tokens - start))
-            num_free, most = num_free - needed, most - chunks[-1].num_tokens
+            num_free -= self._num_blocks_needed(request, cached_blocks)
+            most -= chunks[-1].num_tokens
+            others.append(request)
         return chunks
 
     def _num_blocks_needed(self, request: RequestState, cached_blocks: Sequence[int]) -> int:
@@ -341,10 +337,7 @@ class Scheduler:
         if not self.waiting or not self.req_indices.num_free:
             return None
         self._give_turn_if_due()
-        cached_blocks = self._get_computed_blocks(self.waiting[0])
-        needed = self._num_blocks_needed(self.waiting[0], cached_blocks)
-        fits = _fits(needed, self.block_pool.num_free, num_others=len(self.running))
-        return cached_blocks if fits else None
+        return self._blocks_to_share(self.waiting[0], self.running, self.block_pool.num_free)
 
     def _admit(self, step: StepBuilder) -> None:
         while step.num_prefill_tokens and (cached := self._cached_blocks_of_next()) is not None:
@@ -373,17 +366,25 @@ class Scheduler:
             oldest.priority = -math.inf
             _insert_by_priority(self.waiting, oldest)
 
-    def _get_computed_blocks(self, request: RequestState) -> list[int]:
-        """Return the cached blocks of the beginning of the request. They never include its last
-        token."""
-        if not self.enable_prefix_caching:
-            return []
-        size = self.block_pool.block_size
-        hashes = request.get_block_hashes(request.max_cache_hit_length // size, size)
-        return self.block_pool.get_cached_blocks(hashes)
+    def _blocks_to_share(
+        self, request: RequestState, others: Sequence[RequestState], num_free: int
+    ) -> list[int] | None:
+        """Return the cached blocks of the beginning of the request, which never include its last
+        token; None if it cannot be admitted beside others, or one of them computes its next block,
+        which it can share soon."""
+        size, blocks = self.block_pool.block_size, list[int]()
+        if self.enable_prefix_caching:
+            hashes = request.get_block_hashes(request.max_cache_hit_length // size, size)
+            blocks = self.block_pool.get_cached_blocks(hashes)
+            index, wanted = len(blocks), hashes[len(blocks) : len(blocks) + 1]
+            soon = (each for each in others if wanted and each.num_cached_blocks <= index)
+            if any(each.block_hashes[index : index + 1] == wanted for each in soon):
+                return None
+        needed = self._num_blocks_needed(request, blocks)
+        return blocks if _fits(needed, num_free, num_others=len(others)) else None
 
     def _use_cached_blocks(self, request: RequestState, cached_blocks: list[int]) -> None:
-        """Give the request the blocks that `_get_computed_blocks` returned. This must be done
+        """Give the request the blocks that `_blocks_to_share` returned. This must be done
         before other blocks are allocated for it, because these blocks may themselves be free."""
         for block in cached_blocks:
             self.block_pool.touch(block)
@@ -450,12 +451,11 @@ class Scheduler:
                     outputs.append(EngineOutput(request.request_id))
                 continue
             request.num_in_flight -= 1
+            cached = 0 if request.output_token_ids else request.num_cached_tokens or 0
             if request.max_num_tokens == len(request.prompt_token_ids):  # it asked for no token
                 self._finish_running(request)
-                cached = request.num_cached_tokens or 0
                 outputs.append(EngineOutput(request.request_id, [], FinishReason.LENGTH, cached))
                 continue
-            cached = 0 if request.output_token_ids else request.num_cached_tokens or 0
             reason = self._extend(request, sampled)
             outputs.append(EngineOutput(request.request_id, sampled, reason, cached))
         return outputs

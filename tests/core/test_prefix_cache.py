@@ -3,7 +3,7 @@ found are the right ones in every interleaving is shown in test_scheduler.py."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import pytest
@@ -259,6 +259,45 @@ def test_a_block_is_found_once_its_step_has_retired():
     run.retire(third)
     run.add("c", TEXT[:20])
     assert starts(run.schedule())["c"] == 16
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+@pytest.mark.parametrize("target", [float("inf"), 1e6])
+def test_choices_of_one_prompt_compute_it_once(steps_ahead, target):
+    """Requests with one prompt that come together, as the `n` choices of a request do, share its
+    blocks. Each of them once computed the whole prompt, and kept it in blocks of its own."""
+    budget = PrefillBudget(200, predict_ms=lambda num_tokens, work: 1.0, itl_target_ms=target)
+    run = Run(max_num_seqs=8)
+    run.scheduler.budget = budget
+    for index in range(6):
+        run.add(f"choice {index}", TEXT[:22], most=8)
+    run.add("other", TEXT[20:40], most=1)
+    steps: list[SchedulerOutput] = []
+    in_flight: deque[SchedulerOutput] = deque()
+    most = 0
+    while run.scheduler.has_work:
+        while len(in_flight) <= steps_ahead and (step := run.scheduler.schedule()) is not None:
+            in_flight.append(step)
+            steps.append(step)
+        run.retire(in_flight.popleft())
+        most = max(most, run.scheduler.block_pool.num_used)
+        run.scheduler.check_integrity()
+    computed = sum(step.num_tokens - step.num_decodes for step in steps)
+    assert computed == 22 + 5 * 2 + 20, "all of the first, and of the others the last tokens"
+    assert most <= 5 + 6 * 3 + 5
+    admitted = [new.req_index for step in steps for new in step.new_reqs]
+    assert admitted == [1, 2, 3, 4, 5, 6, 7], "first come, first served"
+
+
+def test_who_waits_for_a_prompt_goes_on_when_it_is_aborted():
+    run = Run(budget=8)
+    run.add("a", TEXT[:24])
+    run.retire(run.schedule())
+    run.add("b", TEXT[:24])
+    second = run.schedule()
+    assert starts(second) == {"a": 8}
+    run.scheduler.abort("a")
+    assert starts(run.schedule()) == {"b": 8}, "of the step in flight nothing can be found"
 
 
 def test_an_aborted_request_leaves_what_had_been_computed():
