@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +104,63 @@ def test_properties_of_the_choice(num_decodes, context, chunks, target, top):
         assert rate >= (1 - MARGIN) * max(rates, default=0.0) - 1e-9
     assert (reason is BudgetReason.ALL_WAITING) == (tokens == waiting)
     assert (reason is BudgetReason.STEP_LIMIT) == (tokens == most < waiting)
+
+
+SMALL = (1, 2, 4, 6)
+"""The sizes of the small steps, of which all are tried."""
+
+
+@pytest.mark.parametrize(
+    "base_ms", [(4, 4, 4, 4), (1, 2, 4, 6), (1, 1.1, 1.2, 9), (1, 3, 3.2, 3.4), (2, 2.5, 3.5, 4.5)]
+)
+@pytest.mark.parametrize("attention", [0.0, 0.3])
+def test_every_small_choice_is_what_the_rules_say(base_ms, attention):
+    """All numbers of decode rows, all short prompts and all targets that decide something, the
+    predicted times themselves among them, by a direct reading of the rules."""
+    base = dict(zip(SMALL, base_ms, strict=True))
+
+    def small_ms(num_tokens: int, work: AttentionWork) -> float:
+        per_work = work.prefill_pairs / 3 + work.decode_context / 20
+        return base[SMALL[bisect_left(SMALL, num_tokens)]] + attention * per_work
+
+    histories = [Chunk(start, count) for start in (0, 3) for count in range(1, 8)]
+    prompts = [[chunk] for chunk in histories]
+    prompts += [[*two] for two in product(histories, repeat=2) if max(two[0][1], two[1][1]) < 5]
+    for decodes, chunks in product(range(6), prompts):
+        waiting = sum(chunk.num_tokens for chunk in chunks)
+        most = min(waiting, SMALL[-1] - decodes)
+        counts = sorted({size - decodes for size in SMALL if 0 < size - decodes < most} | {most})
+        if not decodes and len(chunks) == 1:
+            counts = [most]
+        ms, shared = {}, {}
+        for count in counts:
+            work, left = AttentionWork(2 * decodes), count
+            for start, length in chunks:
+                if taken := min(left, length):
+                    work = work.beside(AttentionWork.of_chunk(start, taken))
+                left -= taken
+            ms[count] = small_ms(decodes + count, work)
+            shared[count] = small_ms(decodes + count, NO_WORK)
+        for target in {0.01, *ms.values(), *(1.01 * one for one in ms.values())}:
+            budget = PrefillBudget(
+                SMALL[-1], sizes=SMALL, predict_ms=small_ms, itl_target_ms=target
+            )
+            tokens, reason, predicted = budget.choose(decodes, 2 * decodes, chunks)
+            assert predicted == ms[tokens]
+            limit = target if ms[counts[0]] <= target else MOST_SLOWDOWN * ms[counts[0]]
+            allowed = [count for count in counts if ms[count] <= limit]
+            rates = {count: (decodes + count) / shared[count] for count in allowed}
+            enough = (1 - MARGIN) * max(rates.values())
+            expected = next(count for count in allowed if rates[count] >= enough)
+            if waiting in allowed:
+                rest = small_ms(decodes + waiting - expected, NO_WORK) if waiting > expected else 0
+                if shared[waiting] < (1 - MARGIN) * (shared[expected] + rest):
+                    expected = waiting
+            assert tokens == expected
+            larger = BudgetReason.ITL_TARGET if limit == target else BudgetReason.OVER_ITL_TARGET
+            if tokens == most:
+                larger = BudgetReason.ALL_WAITING if most == waiting else BudgetReason.STEP_LIMIT
+            assert reason is (larger if tokens == allowed[-1] else BudgetReason.FAST_ENOUGH)
 
 
 @settings(max_examples=80)
