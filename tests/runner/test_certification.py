@@ -95,7 +95,7 @@ def test_no_graph_is_larger_than_all_requests_together(checkpoint):
     assert engine.dispatcher.ladders.mixed[-1] == engine.info.max_num_batched_tokens == 80
     for name in ("a", "b"):
         params = SamplingParams(max_tokens=0)
-        prompt = [*range(40)]
+        prompt = [ord(name), *range(39)]
         engine.add(EngineRequest(request_id=name, prompt_token_ids=prompt, params=params))
     step = engine.scheduler.schedule()
     assert step is not None
