@@ -231,9 +231,7 @@ def keep_piece(
         return package
 
     package, aside = kept(), artifacts.read_aside(key)
-    if package is not None:
-        digest = artifacts.digest_of(key, package)
-    else:
+    if package is None:
         artifacts.check_aside(key)
         if aside is not None and aside.times >= MOST_CRASHES and not again:
             raise CompilationError(
@@ -245,13 +243,11 @@ def keep_piece(
         # If another server has made the piece meanwhile, its program names the digest of that one.
         with artifacts.alone():
             package = kept()
-            if package is not None:
-                digest = artifacts.digest_of(key, package)
-            else:
-                digest = artifacts.write_package(key, made)
+            if package is None:
+                artifacts.write_package(key, package := made)
     if aside is not None:
         artifacts.forget_aside(key)
-    return PieceFile(key, digest)
+    return PieceFile(key, artifacts.digest_of(key, package))
 
 
 def _set_aside(scratch: Path, process: ChildProcess) -> str:

@@ -315,8 +315,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         others, num_free = [*self.running], self.block_pool.num_free
         for request in islice(self.waiting, self.req_indices.num_free):
-            cached_blocks = self._blocks_to_share(request, others, num_free)
-            if most <= 0 or cached_blocks is None:
+            cached_blocks = self._blocks_to_share(request, others, num_free) if most > 0 else None
+            if cached_blocks is None:
                 break
             start = len(cached_blocks) * self.block_pool.block_size
             chunks.append(Chunk(start, request.num_tokens - start))
