@@ -70,6 +70,8 @@ def error_of(future: Future[httpx.Response]) -> dict[str, Any]:
 def test_loading(start: Start) -> None:
     """The port answers at once, and requests are refused with 503 until every graph is captured."""
     server = start(*SMALL, "--port", free_port())
+    engine = server.engine_pid()
+    os.kill(engine, signal.SIGSTOP)  # it must not be ready before the API worker is
 
     def answers() -> bool:
         try:
@@ -94,6 +96,7 @@ def test_loading(start: Start) -> None:
         assert int(refused.headers["retry-after"]) > 0
     assert server.get("/v1/models").status_code == 200
     assert server.metrics()['engine_state{state="loading"}'] == 1
+    os.kill(engine, signal.SIGCONT)
 
     phases = set()
     while (ready := server.get("/ready")).status_code != 200:
