@@ -155,7 +155,8 @@ class EngineClient:
     def death(self) -> EngineDeadError:
         """The reason why the engine is dead, once it is. It is a new exception each time: one that
         is raised again keeps the frames of all who have raised it, and with them their requests."""
-        ended = f"the engine has ended unexpectedly{self._exit_description}; see its log."
+        how = self._exit_description
+        ended = f"the engine has ended unexpectedly{how}; see its log, and restart the server."
         return EngineDeadError(self._known_cause or ended)
 
     async def start(

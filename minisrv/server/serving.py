@@ -16,15 +16,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from minisrv.checkpoint import GenerationConfig
-from minisrv.engine.client import EngineClient, EngineState
+from minisrv.engine.client import EngineClient
 from minisrv.engine.messages import EngineInfo
-from minisrv.errors import (
-    ConfigError,
-    EngineDeadError,
-    EngineNotReadyError,
-    ModelNotFoundError,
-    RequestError,
-)
+from minisrv.errors import ConfigError, ModelNotFoundError, RequestError
 from minisrv.metrics import Metrics
 from minisrv.request import EngineRequest, SamplingParams
 from minisrv.server.auth import KeyLimit
@@ -113,11 +107,9 @@ class Serving:
     def engine_info(self) -> EngineInfo:
         """Return the limits of the engine, which must be ready. Raises EngineNotReadyError,
         EngineDeadError."""
-        state, info = self.client.state, self.client.info
-        if state is EngineState.DEAD:
-            raise EngineDeadError("The engine has died; the server must be restarted.")
-        if not state.is_served or info is None:
-            raise EngineNotReadyError(f"The engine is {state.value}; try again later.")
+        self.client.check_serving()
+        info = self.client.info
+        assert info is not None, "an engine that serves has told its limits"
         return info
 
     @contextmanager

@@ -19,7 +19,7 @@ import pytest
 from minisrv.server.worker import MEMORY_BYTES
 from minisrv.server.worker_config import CHECKPOINT
 from tests.e2e.server import COMPLETIONS, SMALL, Server, events_of, read_all, request_bytes, until
-from tests.e2e.test_death import assert_dead
+from tests.e2e.test_death import HOW, assert_dead
 from tests.e2e.test_flood import body, tokens
 from tests.e2e.test_start_and_stop import free_port
 
@@ -273,7 +273,7 @@ def test_the_engine_dies_under_streams_on_both(two: Server) -> None:
         for connection in (one for opened in streams.values() for one in opened):
             assert last_error(connection)["code"] == "engine_dead"
     for _ in range(10):
-        assert_dead(two)
+        assert_dead(two, HOW[signal.SIGKILL])
     two.send(signal.SIGTERM)
     assert two.wait() == 1
     two.assert_nothing_left()

@@ -105,7 +105,7 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     until(lambda: server.get("/ready").status_code == 503, "it is noticed")
     unready = time.monotonic() - killed
     until(lambda: engine not in server.group(), "the engine is gone")
-    assert_dead(server)
+    assert_dead(server, how)
     server.send(signal.SIGTERM)
     assert server.wait() == 1
     server.assert_nothing_left()
@@ -185,9 +185,12 @@ def busy(server: Server, *, decodes: bool) -> bool:
     return metrics["num_requests_running"] > 0 and metrics["num_requests_waiting"] >= QUEUED
 
 
-def assert_dead(server: Server) -> None:
+def assert_dead(server: Server, how: str) -> None:
     """Check that the server is still up to report its dead engine: every request is refused, and
-    the health routes and the metrics show it."""
+    the health routes and the metrics show it.
+
+    how: how the engine ended, which every refusal says.
+    """
     for path in ("/health", "/ready"):
         response = server.get(path)
         assert (response.status_code, response.json()["state"]) == (503, "dead")
@@ -199,7 +202,9 @@ def assert_dead(server: Server) -> None:
         for stream in (False, True):
             refused = server.post(path, **prompt, stream=stream)
             assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "engine_dead"
+            error = refused.json()["error"]
+            assert error["code"] == "engine_dead"
+            assert how in error["message"]
 
 
 @pytest.mark.parametrize("phase", ["weights are", "capturing graphs"])

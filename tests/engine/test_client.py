@@ -246,7 +246,8 @@ async def test_the_engines_parent_says_how_it_has_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["it was tired.", "the engine has ended unexpectedly; see its log."]
+    "words",
+    ["it was tired.", "the engine has ended unexpectedly; see its log, and restart the server."],
 )
 async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str) -> None:
     """The message that the engine sent about its own end is kept, also where it equals the message

@@ -18,7 +18,7 @@ from minisrv.engine.messages import (
     StepCount,
 )
 from minisrv.engine.trace_format import AskSteps, Steps
-from minisrv.errors import EngineNotReadyError
+from minisrv.errors import EngineDeadError, EngineNotReadyError
 from minisrv.request import (
     EngineOutput,
     EngineRequest,
@@ -101,6 +101,10 @@ class FakeEngine:
         return Steps()
 
     def check_serving(self) -> None:
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError(
+                "the engine has ended unexpectedly; see its log, and restart the server."
+            )
         if not self.state.is_served:
             raise EngineNotReadyError(f"the server is {self.state}; try again later.")
 
