@@ -360,10 +360,10 @@ class Combination(Crowd):
         self._alone: Alone | None = None
 
     def run(self, checkpoint: Checkpoint, finished: Finished) -> dict[str, Any]:
-        graphs = num_graphs()
+        graphs, threads = num_graphs(), num_threads()
         with self._patched():
             found = super().run(checkpoint, finished)
-        left = {"graphs": num_graphs() - graphs, "threads": num_threads()}
+        left = {"graphs": num_graphs() - graphs, "threads": num_threads() - threads}
         if any(left.values()) and not self.faults:
             self._fault(None, left_of_the_engine=left)
         counts = {"counts": dict(self.counts), "faults": self.faults}

@@ -61,7 +61,6 @@ from benchmarks.questions import CHAT, Answer, Question, Questions, parse
 from minisrv.checkpoint import Checkpoint, open_checkpoint
 from minisrv.config import EngineConfig
 from minisrv.engine.builder import build_engine
-from minisrv.engine.client import EngineState
 from minisrv.engine.core import EngineCore
 from minisrv.kernels import sample_op
 from minisrv.kernels.sampling import scores
@@ -271,8 +270,6 @@ class Engine:
     """One in this process, in the place of an `EngineClient`: the server's own parts make requests
     of bodies for it, and answers of its outputs."""
 
-    state = EngineState.READY
-
     def __init__(self, core: EngineCore, checkpoint: Checkpoint) -> None:
         self.core = core
         self.info = core.info
@@ -286,6 +283,9 @@ class Engine:
         self.open: dict[int, Asking] = {}
         self._of_request: dict[str, Asking] = {}
         self._aborted: list[EngineOutput] = []
+
+    def check_serving(self) -> None:
+        """Return, as an engine in this process always serves."""
 
     async def prepare(self, questions: list[Question]) -> list[Prepared]:
         """Prompts and grammars, which every engine of the checkpoint takes. How many tokens are

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
@@ -98,6 +99,14 @@ def tape_holds_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "minisrv.engine.platforms.CPUPlatform.kind", replace(CPU, captures_mixed=True)
     )
+
+
+@pytest.fixture
+def raising_sigint() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt: a shell has its background processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Freezer:

@@ -197,8 +197,8 @@ def test_a_conversation_that_does_not_fit(model: LocalModel) -> None:
     assert text_of(model.answer(HELLO))
 
 
+@pytest.mark.usefixtures("raising_sigint")
 def test_ctrl_c_ends_a_local_answer_between_steps(model: LocalModel) -> None:
-    before = signal.getsignal(signal.SIGINT)
     whole = text_of(model.answer(HELLO))
     said = ""
 
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_a_local_answer_between_steps(model: LocalModel) -> None:
     assert said
     assert whole.startswith(said)
     assert len(said) < len(whole)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert text_of(model.answer(HELLO)) == whole
 
 

@@ -175,6 +175,7 @@ def test_a_bias_out_of_bounds_names_its_token(amount):
 
 
 @pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.usefixtures("raising_sigint")
 def test_ctrl_c_ends_what_runs_between_two_steps(checkpoint, monkeypatch, presses):
     """torch makes a RuntimeError of a KeyboardInterrupt that is raised below it, as compiled code
     would meet it. Another Ctrl-C does not wait for the step."""
@@ -188,15 +189,11 @@ def test_ctrl_c_ends_what_runs_between_two_steps(checkpoint, monkeypatch, presse
         launch(*arguments)
         step_ended.append(True)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    try:
-        monkeypatch.setattr(llm.engine.runner, "execute_model", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([[1], [2]], greedy())
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    monkeypatch.undo()
+    monkeypatch.setattr(llm.engine.runner, "execute_model", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1], [2]], greedy())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(llm.engine.runner, "execute_model", launch)
     assert len(step_ended) == 2 - presses
     assert not llm.engine.has_work
     if presses == 1:

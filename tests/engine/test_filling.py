@@ -273,6 +273,7 @@ def test_an_error_beside_the_capture_refuses_the_graph_and_the_server_goes_on(
     assert set(engine.runner.graphs) == engine.dispatcher.in_service
 
 
+@pytest.mark.usefixtures("raising_sigint")
 def test_an_interrupted_filling_says_that_it_has_stopped(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,14 +285,10 @@ def test_an_interrupted_filling_says_that_it_has_stopped(
         os.kill(os.getpid(), signal.SIGINT)
         forward(model, *given)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(Decoder, "forward", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                fill(engine)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(engine)
     fill(engine)
     report = engine.describe().ladder
     assert (report.missing, report.stopped) == (0, "it was interrupted.")
