@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -10,7 +9,7 @@ from threading import Thread
 import msgspec
 import pytest
 
-from minisrv.cache import cache_directory, write_cached
+from minisrv.cache import write_cached
 from minisrv.compile import artifacts
 from minisrv.compile.program import LoadedPiece, Program
 from minisrv.compile.values import Description, PieceFile
@@ -23,19 +22,13 @@ pytestmark = pytest.mark.compiler
 
 
 @pytest.fixture
-def copy(
-    one_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, Path]:
+def copy(one_program: Compiled, own_cache: Path) -> tuple[Path, Path]:
     """Return the files of the program's description and of its last package in a cache of their
     own."""
-    cache = cache_directory("compiled")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    mine = cache_directory("compiled")
-    shutil.copytree(cache, mine, dirs_exist_ok=True)
-    description = mine / "programs" / one_program.directory.name / artifacts.PROGRAM
+    description = own_cache / "programs" / one_program.directory.name / artifacts.PROGRAM
     body = artifacts.read_description(description.parent)
     key = msgspec.msgpack.decode(body, type=Description).pieces[-1].key
-    return description, mine / "pieces" / f"{key}.pt2"
+    return description, own_cache / "pieces" / f"{key}.pt2"
 
 
 def load(one_program: Compiled, description: Path) -> Program | None:

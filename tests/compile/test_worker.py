@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -99,15 +98,11 @@ struct Crash { Crash() { std::abort(); } } crash;
 
 @pytest.mark.compiler
 def test_a_package_that_crashes_is_set_aside_and_in_the_end_not_made_again(
-    one_program: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_program: Compiled, own_cache: Path, tmp_path: Path
 ):
     """The library of a package runs code when it is loaded, which no check can rule out. Such a
     package ended the process that compiles at each start."""
-    cache = artifacts.cache_directory("compiled")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    mine = artifacts.cache_directory("compiled")
-    shutil.copytree(cache, mine, dirs_exist_ok=True)
-    description = read_description(mine / "programs" / one_program.directory.name)
+    description = read_description(own_cache / "programs" / one_program.directory.name)
     key = msgspec.msgpack.decode(description, type=Description).pieces[0].key
     good = read_package(key)
     bad = with_another_library(good, tmp_path)
@@ -115,7 +110,7 @@ def test_a_package_that_crashes_is_set_aside_and_in_the_end_not_made_again(
     artifacts.write_package(key, bad)
     told = run(CompileProcess(one_program.job))
     assert isinstance(told, CompilationError)
-    path = mine / "pieces" / f"{key}.crashed"
+    path = own_cache / "pieces" / f"{key}.crashed"
     assert "by SIGABRT" in told.message
     assert f"the package of the piece {key}, which is set aside as {path}" in told.message
     assert artifacts.read_aside(key) == artifacts.PackageAside(bad, times=1)
