@@ -90,6 +90,10 @@ class KVEventPublisher:
         self._next_number = 0
         self._has_dropped = False
         self._context = zmq.Context()
+        # Set before a socket listens: zmq closes the connections of a listener by the linger that
+        # the listener began with, if their peers go while the socket is closed. By default that is
+        # without end.
+        self._context.linger = round(1000 * CLOSE_SECONDS)
         self._inbox, self._outbox = (self._context.socket(zmq.PAIR) for _ in range(2))
         for socket in (self._inbox, self._outbox):
             socket.set_hwm(NUM_KEPT // 2)  # together
@@ -113,7 +117,7 @@ class KVEventPublisher:
                 name = "kv_events_replay_endpoint"
                 self._open(self._replay, name, config.replay_endpoint, private_dir)
         except ConfigError:
-            self._context.destroy(linger=0)
+            self._context.destroy()
             self._relay.close(0)
             raise
         self._relay.start()
@@ -160,7 +164,7 @@ class KVEventPublisher:
         with suppress(zmq.Again):  # a thread that has failed takes nothing any more
             self._inbox.send(b"")
         self._thread.join(CLOSE_SECONDS)
-        self._context.destroy(linger=round(1000 * CLOSE_SECONDS))
+        self._context.destroy()
         self._relay.close(CLOSE_SECONDS)
 
     def _run(self) -> None:

@@ -396,6 +396,31 @@ def test_readers_that_do_not_read_hold_little(
         publisher.close()
 
 
+@pytest.mark.timeout(100)
+def test_peers_that_go_while_it_closes_do_not_hold_it(tmp_path: Path) -> None:
+    """With batches for them that zmq has not sent. They come without the relay, which would end
+    their connections a little later."""
+    config = KVEventsConfig(f"ipc://{tmp_path}/events", None, "")
+    for number in range(100):
+        publisher = KVEventPublisher(config, tmp_path)
+        peers = [hostile(f"{tmp_path}/kv-pub", b"SUB") for _ in range(8)]
+        for peer in peers:
+            peer.sendall(b"\0\1\1")
+        time.sleep(0.01)
+        for _ in range(60):
+            publisher.publish([BlockStored([1], None, [1 << 20] * 8000, 8000, None, "GPU", None)])
+        with ThreadPoolExecutor(1) as thread:
+            leaving = thread.submit(leave, peers, number % 20 / 10_000)
+            publisher.close()
+            leaving.result()
+
+
+def leave(peers: list[socket.socket], seconds: float) -> None:
+    time.sleep(seconds)
+    for peer in peers:
+        peer.close()
+
+
 def test_batches_kept_for_replay_have_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
