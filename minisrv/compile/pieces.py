@@ -47,12 +47,13 @@ class PieceCompiler:
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
-        cannot is discarded; the log says why. Raises CrashError if engines have ended while they
-        tried a package of it, which is not compiled again."""
+        never can is discarded; the log says why. Raises CrashError if engines have ended while they
+        tried a package of it, which is not compiled again, and CompilationError if it cannot be
+        loaded now."""
         directory = self._job.kept_program()
         if directory is None:
             return None
-        program = Program.load(directory, self._model)
+        program = _load(directory, self._model)
         if program is None:
             self.discard(directory)
             return None
@@ -95,7 +96,20 @@ class PieceCompiler:
         found, self._found = self._found, None
         if found is not None and found[0] == directory:
             return found[1]  # it need not be loaded twice
-        program = Program.load(directory, self._model, between)
+        program = _load(directory, self._model, between)
         if program is None:
             raise CompilationError(f"the program in {directory} cannot be loaded; see the log.")
         return program
+
+
+def _load(
+    directory: Path, model: Model, between: Callable[[], None] = lambda: None
+) -> Program | None:
+    """Do what `Program.load` does, with a CompilationError for an OSError."""
+    try:
+        return Program.load(directory, model, between)
+    except OSError as error:
+        raise CompilationError(
+            f"the program in {directory} cannot be loaded now ({error}); the next start tries it "
+            "again."
+        ) from error

@@ -12,8 +12,10 @@ were made: neither Dynamo nor Inductor is imported here.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +146,7 @@ class LoadedPiece(Piece):
     def __init__(
         self, package: artifacts.Package, num_arguments: int, noted: str | None = None
     ) -> None:
-        """Load a package. Raises RuntimeError.
+        """Load a package. Raises RuntimeError, and OSError if there is no room to unpack it.
 
         noted: the key of the piece, if the cache is to know that its code is tried
             (`artifacts.tried`): when it is loaded, and when it runs for the first time.
@@ -154,10 +156,17 @@ class LoadedPiece(Piece):
         with self._tried(), _scratch_directory() as scratch:
             # What was checked is what is loaded. The loader takes a file, and unpacks it.
             file = scratch / "piece.pt2"
-            file.write_bytes(package.body)
-            # One thread runs it: no events are recorded between runs, which a capture would refuse.
             make = torch._C._aoti.AOTIModelPackageLoader
-            self._package = make(str(file), "model", True, 1, -1)
+            try:
+                file.write_bytes(package.body)
+                # One thread runs it: no events are recorded between runs, which a capture would
+                # refuse.
+                self._package = make(str(file), "model", True, 1, -1)
+            except (OSError, RuntimeError) as error:  # the loader's errors have no types
+                if shutil.disk_usage(scratch).free < len(package.body):
+                    full = errno.ENOSPC
+                    raise OSError(full, os.strerror(full), str(scratch.parent)) from error
+                raise
 
     def _tried(self) -> AbstractContextManager[None]:
         return nullcontext() if self._noted is None else artifacts.tried(self._noted)
@@ -285,7 +294,8 @@ class Program(Compiled):
         between: is called before each package, and before each weight, where the caller may do
             something else that does not use them.
 
-        Raises CrashError if engines have ended while they tried a package of the program.
+        Raises CrashError if engines have ended while they tried a package of the program, and
+        OSError if there is no room to unpack it, which says nothing about the program.
         """
         try:
             return cls._load(directory, model, between)
@@ -311,7 +321,7 @@ class Program(Compiled):
     def rehearsed(cls, directory: FilePath, model: Model) -> Program:
         """Return a program of the cache for a model on the meta device, whose pieces launch the
         kernels of this server that they call, and do nothing else. Raises CompilationError,
-        OSError, RuntimeError or msgspec.MsgspecError if it cannot be used."""
+        RuntimeError or msgspec.MsgspecError if it cannot be used."""
         description, packages = _read(directory)
         kernels = [file.kernels for file in description.pieces]
         pieces = [
@@ -420,16 +430,19 @@ class Program(Compiled):
                 self._buffers[value.buffer] = made
 
 
-_UNREADABLE = (CompilationError, OSError, RuntimeError, msgspec.MsgspecError)
-"""What is raised for a program that cannot be used."""
+_UNREADABLE = (CompilationError, RuntimeError, msgspec.MsgspecError)
+"""What is raised for a program that can never be used."""
 
 
 def _read(directory: FilePath) -> tuple[Description, list[artifacts.Package]]:
     """Return the description of a program in the cache, and the packages of its pieces. All of them
     have been checked. Raises one of `_UNREADABLE`."""
-    body = artifacts.read_description(directory)
-    description = msgspec.msgpack.decode(body, type=Description)
-    packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
+    try:
+        body = artifacts.read_description(directory)
+        description = msgspec.msgpack.decode(body, type=Description)
+        packages = [artifacts.read_package(file.key, file.digest) for file in description.pieces]
+    except OSError as error:  # a directory that cannot be read, or is not trusted
+        raise CompilationError(str(error)) from error
     return description, packages
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -11,6 +13,7 @@ import pytest
 
 from minisrv.cache import write_cached
 from minisrv.compile import artifacts
+from minisrv.compile.pieces import PieceCompiler
 from minisrv.compile.program import LoadedPiece, Program
 from minisrv.compile.values import Description, PieceFile
 from minisrv.compile.worker import keep_piece
@@ -190,6 +193,38 @@ def test_a_full_disk_is_an_answer(copy: tuple[Path, Path], monkeypatch: pytest.M
     monkeypatch.setattr(artifacts, "write_cached", lambda path, body: None)
     with pytest.raises(CompilationError, match="cannot be kept"):
         artifacts.write_package("0" * 32, artifacts.Package([], b""))
+
+
+def test_a_program_that_there_is_no_room_to_unpack_stays(
+    copy: tuple[Path, Path], one_program: Compiled
+):
+    """A start with a full temporary directory once threw a good program away, which the next one
+    compiled again."""
+    Driver(one_program.model)
+    compiler = PieceCompiler(one_program.job, one_program.model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+    try:
+        with pytest.raises(CompilationError, match=r"now \(.*File too large.*\); the next start"):
+            compiler.find()
+        with pytest.raises(CompilationError, match="cannot be loaded now"):
+            compiler.load(copy[0].parent, lambda: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert compiler.find() == copy[0].parent
+
+
+def test_a_loader_that_fails_on_a_full_disk_says_nothing_about_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The loader's error is the same one."""
+    package = artifacts.Package([], b"no package")
+    with pytest.raises(RuntimeError):
+        LoadedPiece(package, 0)
+    free = shutil.disk_usage("/")._replace(free=len(package.body) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OSError, match="No space left on device"):
+        LoadedPiece(package, 0)
 
 
 def test_a_cache_that_others_may_write_to_holds_no_programs(
