@@ -47,9 +47,9 @@ class PieceCompiler:
 
     def find(self) -> Path | None:
         """Return the directory of the program if the cache has one that can be loaded. One that
-        never can is discarded; the log says why. Raises CrashError if engines have ended while they
-        tried a package of it, which is not compiled again, and CompilationError if it cannot be
-        loaded now."""
+        cannot is discarded; the log says why. Raises CrashError if engines have ended while they
+        tried a package of it, which is not compiled again, and CompilationError if there is no room
+        to unpack it."""
         directory = self._job.kept_program()
         if directory is None:
             return None

@@ -431,7 +431,7 @@ class Program(Compiled):
 
 
 _UNREADABLE = (CompilationError, RuntimeError, msgspec.MsgspecError)
-"""What is raised for a program that can never be used."""
+"""What is raised for a program that cannot be used."""
 
 
 def _read(directory: FilePath) -> tuple[Description, list[artifacts.Package]]:

@@ -207,8 +207,8 @@ def keep_piece(
     again: whether a piece is made again that has crashed `MOST_CRASHES` processes.
 
     Raises what `artifacts.write_package` and `make` do, RuntimeError if a package that is made
-    cannot be loaded, CompilationError if the piece is not made again, and CrashError if that is
-    because of an engine.
+    cannot be loaded, OSError if there is no room to unpack one, CompilationError if the piece is
+    not made again, and CrashError if that is because of an engine.
     """
     from minisrv.compile import artifacts
     from minisrv.compile.program import LoadedPiece

@@ -48,6 +48,7 @@ from minisrv.engine.generations import compiled_kernels, freed, take_over
 from minisrv.engine.messages import CompilationReport, CompilationState
 from minisrv.errors import CertificationError, MinisrvError
 from minisrv.graph.backend import GraphBackend
+from minisrv.interrupts import deferred_interrupts
 from minisrv.modes import GraphKey
 from minisrv.runner.generation import Generation
 from minisrv.runner.model_runner import ModelRunner
@@ -210,14 +211,20 @@ class Compilation:
     def capture_graphs(self, keys: Collection[GraphKey], on_progress: CaptureProgress) -> None:
         """Capture graphs at a start-up: those of the program that the cache has, if there is one
         and it passes, and otherwise those of the model's own code; then a compilation is under way.
-        Raises what `startup.capture_graphs` does."""
+        Raises what `startup.capture_graphs` does, and KeyboardInterrupt between two graphs."""
         compiler = self._compiler
-        if compiler is not None:
-            self._begin(self._enter_cached(compiler, keys, on_progress))
-            while self.is_under_way:
-                self._background.go_on(math.inf)
-        if not self.generation:
-            capture_graphs(self._runner, self._pool, keys, on_progress)
+        with deferred_interrupts() as check_interrupt:
+
+            def tell(done: int, total: int) -> None:
+                check_interrupt()
+                on_progress(done, total)
+
+            if compiler is not None:
+                self._begin(self._enter_cached(compiler, keys, tell))
+                while self.is_under_way:
+                    self._background.go_on(math.inf)
+            if not self.generation:
+                capture_graphs(self._runner, self._pool, keys, tell)
         if compiler is not None and self.report.state is CompilationState.COMPILING:
             self._begin(self._compile(compiler))
 

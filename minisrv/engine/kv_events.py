@@ -90,9 +90,9 @@ class KVEventPublisher:
         self._next_number = 0
         self._has_dropped = False
         self._context = zmq.Context()
-        # Set before a socket listens: zmq closes the connections of a listener by the linger that
-        # the listener began with, if their peers go while the socket is closed. By default that is
-        # without end.
+        # This is set before a socket listens. If the peer of a connection goes while the socket is
+        # being closed, zmq closes the connection by the linger with which the socket began to
+        # listen, which is endless by default.
         self._context.linger = round(1000 * CLOSE_SECONDS)
         self._inbox, self._outbox = (self._context.socket(zmq.PAIR) for _ in range(2))
         for socket in (self._inbox, self._outbox):

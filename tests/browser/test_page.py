@@ -134,7 +134,7 @@ STOP_AT_THE_THIRD_TOKEN = """
         document.getElementById("stop").click();
     }).observe(document.getElementById("output"), { childList: true, subtree: true });
 """
-"""In the page, as the answer may have ended before a click from here arrives."""
+"""This runs in the page, because the answer may have ended before a click from here arrives."""
 
 
 def test_a_chat_is_stopped(server: Server, open_page: Open) -> None:

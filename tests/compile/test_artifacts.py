@@ -217,7 +217,7 @@ def test_a_program_that_there_is_no_room_to_unpack_stays(
 def test_a_loader_that_fails_on_a_full_disk_says_nothing_about_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """The loader's error is the same one."""
+    """The loader raises the same error for a damaged package and for a full disk."""
     package = artifacts.Package([], b"no package")
     with pytest.raises(RuntimeError):
         LoadedPiece(package, 0)

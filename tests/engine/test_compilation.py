@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import os
 import re
+import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -588,6 +590,33 @@ def test_a_program_in_the_cache_serves_from_the_start(checkpoint):
     assert found == expected
     assert all(key.endswith("/compiled") for steps in ran.values() for key in steps)
     assert compiler.started == 0
+
+
+@pytest.mark.usefixtures("raising_sigint")
+def test_an_interrupted_start_ends_and_keeps_the_program(checkpoint):
+    """Ctrl-C in compiled code was taken for a fault of that code: a good program was thrown away,
+    and the start went on."""
+    pressed = []
+
+    def interrupted(model: Decoder) -> Forward:
+        def run(*args: torch.Tensor) -> None:
+            try:
+                if not pressed:
+                    pressed.append(True)
+                    os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt as error:  # as torch does
+                raise RuntimeError(f"{type(error).__name__}: ") from error
+            FORWARD(model, *args)
+
+        return run
+
+    compiler = FakeCompiler(cached=True, program=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(checkpoint, compiler)
+    assert pressed
+    assert not compiler.discarded
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert start(checkpoint, compiler).info.compilation.generation == 1
 
 
 def test_a_program_in_the_cache_that_is_wrong_leaves_a_whole_server(checkpoint):

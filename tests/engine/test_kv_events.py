@@ -398,8 +398,8 @@ def test_readers_that_do_not_read_hold_little(
 
 @pytest.mark.timeout(100)
 def test_peers_that_go_while_it_closes_do_not_hold_it(tmp_path: Path) -> None:
-    """With batches for them that zmq has not sent. They come without the relay, which would end
-    their connections a little later."""
+    """There are batches for them that zmq has not sent. They come without the relay, which would
+    end their connections a little later."""
     config = KVEventsConfig(f"ipc://{tmp_path}/events", None, "")
     for number in range(100):
         publisher = KVEventPublisher(config, tmp_path)
