@@ -1,10 +1,10 @@
-"""Makes Ctrl-C wait for the end of a step.
+"""Makes Ctrl-C wait for the end of a step, or of the trial of a graph.
 
 A KeyboardInterrupt in the middle of a step breaks the engine. In compiled code it is not even seen
 as one: torch makes a RuntimeError of whatever is raised below it, which looks like a fault of that
 code.
 
-Knows: SIGINT. Knows nothing of steps.
+Knows: SIGINT. Knows nothing of steps or graphs.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ class LoadedPiece(Piece):
                 self._package = make(str(file), "model", True, 1, -1)
             except (OSError, RuntimeError) as error:  # the loader's errors have no types
                 if shutil.disk_usage(scratch).free < len(package.body):
-                    full = errno.ENOSPC
-                    raise OSError(full, os.strerror(full), str(scratch.parent)) from error
+                    reason = os.strerror(errno.ENOSPC)
+                    raise OSError(errno.ENOSPC, reason, str(scratch.parent)) from error
                 raise
 
     def _tried(self) -> AbstractContextManager[None]:
