@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.server import SMALL, Server
+from tests.waiting import GUARD_SECONDS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -55,8 +56,9 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=1000 * GUARD_SECONDS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=_ARGUMENTS, env=dict(os.environ)
@@ -76,7 +78,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     def open_page(url: str, *, key: str | None = None, **options: Any) -> Page:
         context = browser.new_context(**options)
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(1000 * GUARD_SECONDS)
         if key is not None:
             context.add_init_script(
                 f"if (location.protocol === 'http:') sessionStorage['minisrv-key'] = '{key}'"
@@ -89,6 +91,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
 
     yield open_page
     for context in contexts:
+        context.unroute_all(behavior="ignoreErrors")  # the page asks every two seconds
         context.close()
     assert not problems
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 pytest.importorskip("playwright", reason="no playwright: pip install '.[test]'")
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from minisrv.tools.view import ViewServer
 from tests.browser.conftest import KEY
@@ -66,10 +66,17 @@ def complete(page: Page, *, tokens: int = 24) -> None:
     expect(page.locator("#play-status")).to_contain_text("first after")
 
 
-def wait_for_steps(page: Page) -> None:
-    """Wait until the strip has a few steps."""
-    last = page.locator("#strip .strip")
-    until(lambda: int(last.get_attribute("aria-valuemax") or 0) > 4, "steps")
+def wait_for_steps(page: Page, server: Server) -> None:
+    """Wait until the page has all steps that the server has recorded by now."""
+    newest = recorded(server)[-1]["id"]
+    strip = page.locator("#strip .strip")
+    until(lambda: int(strip.get_attribute("aria-valuemax") or 0) >= newest, "all steps are drawn")
+
+
+def open_table(page: Page) -> None:
+    """Open the table of steps, and wait until it is filled."""
+    page.get_by_text("Steps as a table").first.click()
+    page.locator("#step-rows table").wait_for()
 
 
 def selected(page: Page) -> int:
@@ -87,6 +94,12 @@ def recorded(server: Server, kind: str = "step") -> list[dict[str, Any]]:
     return [line for line in lines if line["type"] == kind]
 
 
+def missing_graphs(server: Server) -> int:
+    """The number of graphs that the server has yet to capture."""
+    response = httpx.get(f"{server.url}/ready", trust_env=False)
+    return int(response.json()["graphs"]["missing"])
+
+
 def overflow(page: Page) -> int:
     """The pixels by which the page is wider than the window."""
     return int(page.evaluate("document.documentElement.scrollWidth - innerWidth"))
@@ -96,7 +109,7 @@ def test_a_stream_its_tokens_and_its_steps(server: Server, open_page: Open) -> N
     page = open_page(server.url, key=KEY)
     page.get_by_role("status").get_by_text("Ready").wait_for()
     complete(page)
-    wait_for_steps(page)
+    wait_for_steps(page, server)
     tokens = page.locator("#output .token")
     assert tokens.count() > 8
     tokens.nth(3).hover()
@@ -156,7 +169,7 @@ def test_a_step_is_chosen_by_pointer_and_by_keys(server: Server, open_page: Open
     page = open_page(server.url, key=KEY)
     complete(page)
     strip = page.get_by_role("slider", name="Recent steps of the server")
-    wait_for_steps(page)
+    wait_for_steps(page, server)
     strip.click(position={"x": 60, "y": 100})
     clicked = selected(page)
     assert page.get_by_role("button", name="Follow").get_attribute("aria-pressed") == "false"
@@ -171,11 +184,17 @@ def test_a_step_is_chosen_by_pointer_and_by_keys(server: Server, open_page: Open
     assert (strip.get_attribute("aria-valuetext") or "").startswith(f"Step {first}: ")
     page.get_by_role("slider", name="Step", exact=True).press("ArrowRight")
     assert selected(page) == first + 1
-    page.get_by_text("Steps as a table").first.click()
+    open_table(page)
     page.locator("#step-table").get_by_role("button", name=f"#{first}", exact=True).click()
     assert selected(page) == first
     page.get_by_role("button", name="Follow").click()
     assert page.locator("#step h3").inner_text().startswith("Newest step")
+
+
+def enter(field: Locator, key: str) -> None:
+    """Enter an API key."""
+    field.fill(key)
+    field.press("Enter")
 
 
 def test_the_key_is_asked_for_and_kept_in_the_tab(server: Server, open_page: Open) -> None:
@@ -185,12 +204,10 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(server: Server, open_page: Ope
     field = page.get_by_label("This server asks for an API key")
     field.wait_for()
     assert not refused, "nothing is asked before there is a key"
-    field.fill("another")
-    field.press("Enter")
+    with page.expect_response(lambda answer: answer.status == 401):
+        enter(field, "another")
     page.get_by_text("The server did not accept this key.").wait_for()
-    assert refused
-    field.fill(KEY)
-    field.press("Enter")
+    enter(field, KEY)
     page.locator("#model").get_by_text("minisrv-default").wait_for()
     assert not field.is_visible()
     assert page.evaluate("sessionStorage.getItem('minisrv-key')") == KEY
@@ -200,6 +217,23 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(server: Server, open_page: Ope
     page.get_by_role("button", name="Forget the key").click()
     assert page.evaluate("sessionStorage.length") == 0
     field.wait_for()
+
+
+def test_a_late_answer_to_another_key_refuses_no_key(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    held: list[Route] = []
+    steps = "**/debug/steps*"
+    page.route(steps, lambda route: route.continue_() if held else held.append(route))
+    field = page.get_by_label("This server asks for an API key")
+    enter(field, "another")
+    page.get_by_text("The server did not accept this key.").wait_for()
+    enter(field, KEY)
+    page.locator("#model").get_by_text("minisrv-default").wait_for()
+    # The answer to the key before makes the page ask again, with the key that it has by now.
+    with page.expect_response(lambda answer: answer.ok and "/debug/steps" in answer.url):
+        held[0].continue_()
+    assert not field.is_visible()
+    assert page.evaluate("sessionStorage.getItem('minisrv-key')") == KEY
 
 
 def test_light_and_dark(server: Server, open_page: Open) -> None:
@@ -227,16 +261,16 @@ def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path)
     size = {"width": 360, "height": 740}
     page = open_page(server.url, key=KEY, viewport=size, has_touch=True)
     complete(page)
-    wait_for_steps(page)
+    wait_for_steps(page, server)
     page.locator(".strip").tap(position={"x": 60, "y": 100})
-    page.get_by_text("Steps as a table").first.click()
+    open_table(page)
     assert overflow(page) <= 0
     assert page.evaluate(LONG_FIGURES) == []
     files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
     for path in files:
         path.write_bytes(trace("a-model-with-a-long-name", steps=120))
     page.locator("#files").set_input_files(files)
-    page.locator(".comparison").wait_for()
+    page.locator(".viewer .strip[aria-valuemax='119']").last.wait_for()
     assert overflow(page) <= 0
 
 
@@ -344,20 +378,22 @@ def test_the_ladders_follow_a_refit(viewed: ViewServer, open_page: Open) -> None
 
 def test_saved_steps_are_a_trace(server: Server, open_page: Open, tmp_path: Path) -> None:
     """The file has the events too, such as that a graph was captured, and so the same ladders."""
-    until(lambda: len(recorded(server, "event")) > 0, "the ladders fill")
+    until(lambda: not missing_graphs(server), "the ladders are full")
+    before = recorded(server, "event")
+    assert before
     page = open_page(server.url, key=KEY)
     complete(page)
-    newest = recorded(server)[-1]["id"]
-    last = page.locator("#strip .strip")
-    until(lambda: int(last.get_attribute("aria-valuemax") or 0) == newest, "all steps are drawn")
+    wait_for_steps(page, server)
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     path = tmp_path / "steps.ndjson"
     download.value.save_as(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line for line in lines if line["type"] == "step"]
-    assert steps == recorded(server)[-len(steps) :]
-    assert [line for line in lines if line["type"] == "event"] == recorded(server, "event")
+    first, newest = steps[0]["id"], steps[-1]["id"]
+    assert steps == [step for step in recorded(server) if first <= step["id"] <= newest]
+    events = [line for line in lines if line["type"] == "event"]
+    assert events[: len(before)] == before
     assert lines[1:] == sorted(lines[1:], key=lambda line: float(line["time"]))
     page.locator("#files").set_input_files(path)
     page.locator(".viewer").wait_for()
@@ -465,9 +501,9 @@ def test_axe_finds_nothing_serious(
         page = open_page(url, key=KEY, color_scheme=scheme)
         if url == server.url:
             complete(page)
-            wait_for_steps(page)
+            wait_for_steps(page, server)
             page.locator(".strip").click(position={"x": 60, "y": 100})
-            page.get_by_text("Steps as a table").first.click()
+            open_table(page)
         else:
             page.locator(".comparison").wait_for()
         page.evaluate(AXE.read_text())

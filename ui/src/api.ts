@@ -54,7 +54,8 @@ interface Options {
 /** Sends a request, and throws ApiError for an answer that is an error. */
 export async function request(path: string, options: Options = {}): Promise<Response> {
   const headers: Record<string, string> = { accept: options.accept ?? "application/json" };
-  if (current) headers.authorization = `Bearer ${current}`;
+  const sent = current;
+  if (sent) headers.authorization = `Bearer ${sent}`;
   const init: RequestInit = { headers, cache: "no-store", credentials: "same-origin" };
   if (options.signal) init.signal = options.signal;
   if (options.body !== undefined) {
@@ -63,6 +64,11 @@ export async function request(path: string, options: Options = {}): Promise<Resp
     init.body = JSON.stringify(options.body);
   }
   const response = await fetch(path, init);
+  if (response.status === 401 && current && current !== sent) {
+    // Another key was entered meanwhile, and this answer says nothing about that one.
+    void response.body?.cancel();
+    return request(path, options);
+  }
   if (!response.ok) throw await errorOf(response);
   return response;
 }
