@@ -257,6 +257,17 @@ LONG_FIGURES = """[...document.querySelectorAll('.figures')].filter(figures => {
 """The figures of charts that reach into their neighbours, with texts that are as long as any."""
 
 
+WIDEST = """
+    globalThis.widest = 0;
+    const look = () => {
+        widest = Math.max(widest, document.documentElement.scrollWidth);
+        requestAnimationFrame(look);
+    };
+    look();
+"""
+"""From now on, the width of the page in its widest frame is `widest`."""
+
+
 def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path) -> None:
     size = {"width": 360, "height": 740}
     page = open_page(server.url, key=KEY, viewport=size, has_touch=True)
@@ -269,9 +280,11 @@ def test_a_phone_is_wide_enough(server: Server, open_page: Open, tmp_path: Path)
     files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
     for path in files:
         path.write_bytes(trace("a-model-with-a-long-name", steps=120))
+    page.evaluate(WIDEST)
     page.locator("#files").set_input_files(files)
     page.locator(".viewer .strip[aria-valuemax='119']").last.wait_for()
     assert overflow(page) <= 0
+    assert page.evaluate("widest") <= size["width"], "in no frame"
 
 
 def test_all_urls_are_below_a_prefix(server: Server, open_page: Open) -> None:

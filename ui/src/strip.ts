@@ -95,8 +95,9 @@ export class Strip {
     );
     this.#canvas.style.height = `${height}px`;
     new ResizeObserver(() => {
+      // Drawn before the frame is shown, so that none shows a drawing of another width.
       this.#width = this.element.clientWidth;
-      this.redraw();
+      this.#draw();
     }).observe(this.element);
   }
 
@@ -198,7 +199,6 @@ export class Strip {
     if (this.#canvas.width !== Math.round(width * ratio) || this.#canvas.height !== Math.round(height * ratio)) {
       this.#canvas.width = Math.round(width * ratio);
       this.#canvas.height = Math.round(height * ratio);
-      this.#canvas.style.width = `${width}px`;
     }
     const context = this.#canvas.getContext("2d")!;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
