@@ -188,6 +188,22 @@ class Server:
         """The process id of the engine."""
         return self.only("minisrv-engine")
 
+    def hold_engine(self) -> int:
+        """Stop the engine while it loads, and wait until an API worker answers, as the engine may
+        be ready before it otherwise. Returns the engine's process id, for SIGCONT. The server must
+        have been started with a port."""
+
+        def answers() -> bool:
+            try:
+                return self.get("/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        engine = self.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        until(answers, "the port is open")
+        return engine
+
     def worker_pid(self, index: int = 0) -> int:
         """The process id of the API worker with this index."""
         return self.only(f"minisrv-api-{index}")

@@ -293,7 +293,9 @@ def test_the_launcher_dies(two: Server) -> None:
 
 def test_both_say_that_the_engine_loads_and_that_it_is_ready(start: Start) -> None:
     server = start(*SMALL, "--api-workers", "2", "--port", free_port())
-    seen = set()
+    engine = server.hold_engine()
+    seen = {server.get("/ready").json()["state"]}
+    os.kill(engine, signal.SIGCONT)
 
     def both_answer() -> bool:
         with suppress(httpx.TransportError):

@@ -105,6 +105,10 @@ def die(start: Start, model: Path, death: Death, seed: int) -> dict[str, Any]:
     until(lambda: server.get("/ready").status_code == 503, "it is noticed")
     unready = time.monotonic() - killed
     until(lambda: engine not in server.group(), "the engine is gone")
+    # Each worker hears of it by itself, and answers here come from any of them.
+    workers = int(death.flags[death.flags.index("--api-workers") + 1])
+    told = "every request is refused from now on"
+    until(lambda: server.log.count(told) == workers, "every worker knows")
     assert_dead(server, how)
     server.send(signal.SIGTERM)
     assert server.wait() == 1
@@ -210,9 +214,11 @@ def assert_dead(server: Server, how: str) -> None:
 @pytest.mark.parametrize("phase", ["weights are", "capturing graphs"])
 def test_the_engine_while_loading(start: Start, phase: str) -> None:
     """An engine that is killed while it reads weights or captures graphs ends the server."""
-    server = start(*SMALL)
+    server = start(*SMALL, "--port", free_port())
+    engine = server.hold_engine()  # only an API worker hears that graphs are being captured
+    os.kill(engine, signal.SIGCONT)
     until(lambda: phase in server.log, phase)
-    os.kill(server.engine_pid(), signal.SIGKILL)
+    os.kill(engine, signal.SIGKILL)
     assert server.wait() == 1
     how = HOW[signal.SIGKILL]
     assert f"the engine did not start: the engine has ended unexpectedly, {how}" in server.log

@@ -176,9 +176,10 @@ def test_more_requests_than_files(start: Callable[..., Server], tiny: Path) -> N
     request = request_bytes(COMPLETIONS, {"prompt": "x", "max_tokens": 2}, "connection: close")
     with ExitStack() as stack:
         os.kill(server.engine_pid(), signal.SIGSTOP)
-        connections = [stack.enter_context(server.connect()) for _ in range(FILES)]
-        for connection in connections:
-            connection.sendall(request)
+        connections = []
+        for _ in range(FILES):  # one that has sent nothing would be closed to make room for others
+            connections.append(stack.enter_context(server.connect()))
+            connections[-1].sendall(request)
         for path in ("/health", "/ready", "/metrics", "/v1/models"):
             assert server.get(path).status_code == 200
         os.kill(server.engine_pid(), signal.SIGCONT)

@@ -69,7 +69,8 @@ def test_sleep_under_load(start: Start, tiny: Path) -> None:
     assert found["num_requests_running"] == 0
     assert found["last_sleep_seconds"] > 0
     assert found["last_wake_up_seconds"] > 0
-    assert server.log.count("asleep at level") == server.log.count("awake after") == 2
+    until(lambda: server.log.count("asleep at level") == 2, "each is logged")
+    until(lambda: server.log.count("awake after") == 2, "each is logged")
     assert "Traceback" not in server.log
 
 
@@ -89,7 +90,7 @@ def test_a_sleep_that_waits(start: Start, tiny: Path) -> None:
     assert request.result().json()["usage"]["completion_tokens"] == 3000
     assert asked.result().json() == ASLEEP
     assert woken.result().json() == AWAKE
-    assert "asleep at level 1" in server.log
+    until(lambda: "asleep at level 1" in server.log, "it is logged")
     text(server)
 
 
