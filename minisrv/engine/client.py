@@ -68,8 +68,9 @@ class EngineState(enum.StrEnum):
         return self in (EngineState.READY, EngineState.ASLEEP)
 
 
-LAST_WORDS_SECONDS = 0.05
-"""Number of seconds for reading messages that the engine sent before it ended."""
+LAST_WORDS_SECONDS = 0.2
+"""Number of seconds for reading messages that the engine sent before it ended. On a busy machine
+they come later than the news of its end."""
 
 STATS_SECONDS = 1.0
 """Number of seconds to wait for the engine's counters or steps; a step may take longer."""
