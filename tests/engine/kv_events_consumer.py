@@ -94,6 +94,10 @@ class Consumer:
         if int.from_bytes(number, "big") == self.next_number:
             self._apply(payload)
 
+    def has_heard(self) -> bool:
+        """Whether a batch has come, or comes within 20 ms: then it has subscribed."""
+        return bool(self._events.poll(20))
+
     def lose(self) -> None:
         """Wait for a batch and lose it."""
         self._events.recv_multipart()

@@ -255,7 +255,9 @@ async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str
     async with connected(tmp_path) as (engine, client):
         first = asyncio.ensure_future(anext(client.generate([request("a")])))
         await engine.hear()
+        before = client.num_messages
         await engine.say(Failed(RequestFailure.of(EngineError(words))))
+        await until(lambda: client.num_messages > before)
         client.engine_ended("with status 1")
         with pytest.raises(EngineDeadError) as raised:
             await first
@@ -265,7 +267,9 @@ async def test_what_the_engine_said_of_its_end_stands(tmp_path: Path, words: str
 async def test_nothing_is_kept_of_requests_that_a_dead_engine_refuses(tmp_path: Path) -> None:
     """Clients may ask for as long as the server is there, and each error names the same cause."""
     async with connected(tmp_path) as (engine, client):
+        before = client.num_messages
         await engine.say(Failed(RequestFailure.of(EngineError("it was tired."))))
+        await until(lambda: client.num_messages > before)
         client.engine_ended("with status 1")
         await until(lambda: client.state is EngineState.DEAD)
         frames = []

@@ -34,6 +34,7 @@ from minisrv.modes import BatchDescriptor, CUDAGraphMode, Reason, StageOutput
 from minisrv.nn.decoder import Decoder
 from minisrv.request import EngineRequest, SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.waiting import GUARD_SECONDS
 
 FULL, PIECEWISE = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
 DECODE = [1, 2, 4, 8, 16, 24, 32]
@@ -418,6 +419,7 @@ def test_every_worker_is_told_which_graphs_serve(checkpoint: str, tmp_path: Path
     try:
         worker.connect(f"ipc://{tmp_path}/engine")
         worker.send(encode(Hello()))
+        assert server.socket.poll(1000 * GUARD_SECONDS), "it has arrived before the ladders fill"
         told: list[int] = []
         while not told or told[-1]:
             while not worker.poll(0):

@@ -187,7 +187,9 @@ def test_only_steps_with_a_grammar_wait(start, steps_ahead: int) -> None:
     engine.add(request("plain", max_tokens=40, ignore_eos=True))
     for _ in range(8):
         engine.step()
-    run(engine, request("grammar", choice))
+    engine.add(request("grammar", choice))
+    engine._grammars.wait(GUARD_SECONDS)  # or the other request ends meanwhile
+    run(engine)
     started, finished = ({n for masked, n in steps[1:] if masked} for steps in before.values())
     assert sum(masked for masked, _ in before["sample_tokens"]) >= 8
     assert (started, finished) == ({steps_ahead}, {0})

@@ -159,6 +159,8 @@ def test_a_reader_s_picture_is_the_cache(
             elif load.num_batches > before and turns > 100:
                 consumer.read()
             elif turns == 100:
+                while not consumer.has_heard():  # until it has subscribed, batches are lost
+                    load.turn()
                 consumer.catch_up()
             if turns % 50 == 0 and turns > 100 and consumer.next_number == load.num_batches:
                 assert consumer.blocks.keys() == load.cached()

@@ -161,7 +161,7 @@ def test_a_selector_without_room_ends_at_most_one_connection(
     with relayed(tmp_path, f"tcp://*:{port}") as inside:
         registrations = count()
         with connected(("127.0.0.1", port), inside) as (peer, ours), suppress(ConnectionError):
-            while select.select([], [ours], [], 0.1)[1]:
+            while select.select([], [ours], [], 1.0)[1]:
                 ours.send(bytes(1 << 12))
             ours.shutdown(socket.SHUT_WR)
             while peer.recv(1 << 16):

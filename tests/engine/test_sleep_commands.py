@@ -26,6 +26,7 @@ from minisrv.errors import EngineAsleepError
 from minisrv.request import EngineRequest
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_sleep import connected, hear, start
+from tests.waiting import GUARD_SECONDS
 
 Worker = zmq.Socket[bytes]
 
@@ -64,6 +65,7 @@ def test_a_sleep_that_waits_is_told_at_once(served: tuple[_EngineServer, Worker]
     sleeps."""
     server, worker = served
     worker.send(encode(Sleep(1, SleepMode.WAIT)))
+    assert server.socket.poll(1000 * GUARD_SECONDS), "it has arrived before the request ends"
     told = until_done(server, worker)
     reports = [message.info.sleep for message in told if isinstance(message, Ready)]
     assert [(report.is_due, report.is_asleep) for report in reports] == [
@@ -82,6 +84,7 @@ def test_a_sleep_that_aborts_does_not_wait_for_one_that_waits(
     """It ends the request at once, and both are carried out in their order."""
     server, worker = served
     worker.send(encode(Sleep(1, SleepMode.WAIT)))
+    assert server.socket.poll(1000 * GUARD_SECONDS), "it has arrived before the request ends"
     while not server.commands:
         server._turn()
     worker.send(encode(Sleep(2, SleepMode.ABORT)))

@@ -101,7 +101,7 @@ def test_as_long_as_asked_for(serve, tmp_path):
     """The server is silent behind half a line, which is left out."""
     url, _ = serve([HEADER, *steps(1, 2)], rest=b'{"type":"st')
     file = tmp_path / "out"
-    assert main(["trace", str(file), "--url", url, "--seconds", "0.3"]) == 0
+    assert main(["trace", str(file), "--url", url, "--seconds", "3"]) == 0
     assert recorded(file) == [1, 2]
 
 
