@@ -150,10 +150,14 @@ STOP_AT_THE_THIRD_TOKEN = """
 """This runs in the page, because the answer may have ended before a click from here arrives."""
 
 
-def test_a_chat_is_stopped(server: Server, open_page: Open) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_chat_is_stopped(server: Server, open_page: Open, whole: bool) -> None:
+    """An answer is stopped as it comes, or shown no further where all of it has come at once."""
     page = open_page(server.url, key=KEY)
+    if whole:
+        page.route("**/v1/completions", lambda route: route.fulfill(response=route.fetch()))
     page.get_by_text("Completion", exact=True).click()
-    page.locator("#max-tokens").fill("400")
+    page.locator("#max-tokens").fill("24" if whole else "400")
     page.locator("#temperature").fill("0")
     page.evaluate(STOP_AT_THE_THIRD_TOKEN)
     page.get_by_role("button", name="Complete").click()
@@ -181,7 +185,7 @@ def test_a_step_is_chosen_by_pointer_and_by_keys(server: Server, open_page: Open
     page.keyboard.press("Home")
     first = selected(page)
     assert first == recorded(server)[0]["id"]
-    assert (strip.get_attribute("aria-valuetext") or "").startswith(f"Step {first}: ")
+    expect(strip).to_have_attribute("aria-valuetext", re.compile(f"^Step {first}: "))
     page.get_by_role("slider", name="Step", exact=True).press("ArrowRight")
     assert selected(page) == first + 1
     open_table(page)
@@ -219,19 +223,30 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(server: Server, open_page: Ope
     field.wait_for()
 
 
+HOLD_REFUSALS = """
+    const json = Response.prototype.json;
+    const held = new Promise((resolve) => (globalThis.release = resolve));
+    Response.prototype.json = async function () {
+        if (this.status === 401 && this.url.includes("/debug/steps")) await held;
+        return json.call(this);
+    };
+"""
+"""Until `release()` is called, what a refusal of steps says is on its way."""
+
+
 def test_a_late_answer_to_another_key_refuses_no_key(server: Server, open_page: Open) -> None:
-    page = open_page(server.url)
-    held: list[Route] = []
-    steps = "**/debug/steps*"
-    page.route(steps, lambda route: route.continue_() if held else held.append(route))
+    page = open_page("about:blank")
+    page.add_init_script(HOLD_REFUSALS)
+    page.goto(server.url)
     field = page.get_by_label("This server asks for an API key")
-    enter(field, "another")
+    with page.expect_response(lambda answer: answer.status == 401 and "steps" in answer.url):
+        enter(field, "another")
     page.get_by_text("The server did not accept this key.").wait_for()
     enter(field, KEY)
     page.locator("#model").get_by_text("minisrv-default").wait_for()
     # The answer to the key before makes the page ask again, with the key that it has by now.
     with page.expect_response(lambda answer: answer.ok and "/debug/steps" in answer.url):
-        held[0].continue_()
+        page.evaluate("release()")
     assert not field.is_visible()
     assert page.evaluate("sessionStorage.getItem('minisrv-key')") == KEY
 

@@ -64,13 +64,11 @@ export async function request(path: string, options: Options = {}): Promise<Resp
     init.body = JSON.stringify(options.body);
   }
   const response = await fetch(path, init);
-  if (response.status === 401 && current && current !== sent) {
-    // Another key was entered meanwhile, and this answer says nothing about that one.
-    void response.body?.cancel();
-    return request(path, options);
-  }
-  if (!response.ok) throw await errorOf(response);
-  return response;
+  if (response.ok) return response;
+  const error = await errorOf(response);
+  // Where another key was entered meanwhile, this answer says nothing about that one.
+  if (error.status === 401 && current && current !== sent) return request(path, options);
+  throw error;
 }
 
 async function errorOf(response: Response): Promise<ApiError> {

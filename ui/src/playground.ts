@@ -146,6 +146,7 @@ export class Playground {
       let last = began;
       let finish = "";
       for await (const { text: line } of linesOf(response.body!)) {
+        stop.signal.throwIfAborted(); // also while lines are left that came before it was stopped
         if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
         const chunk = JSON.parse(line.slice(6)) as Chunk;
         if (chunk.error) throw new ApiError(200, chunk.error.message);
