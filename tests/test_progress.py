@@ -39,4 +39,5 @@ def test_phases_add_up(at: list[float]) -> None:
 def test_a_process_knows_when_it_began() -> None:
     began = process_began()
     assert began < progress.time.monotonic()
-    assert process_began() == pytest.approx(began, abs=1e-3)
+    # It reads two clocks, one after the other, and may lose its processor in between.
+    assert process_began() == pytest.approx(began, abs=1.0)

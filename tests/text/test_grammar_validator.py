@@ -189,10 +189,12 @@ def patterns(number: int) -> dict[str, Any]:
     ],
 )
 def test_what_would_stop_an_engine_is_refused(
-    ask: Asked, spec: StructuredOutput, reason: str
+    ask: Asked, spec: StructuredOutput, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal names the field, the process can be used again, and a second request costs no
     trial."""
+    if reason != "processor time":  # To find another one takes a fifth of the limit, or all of it.
+        monkeypatch.setattr(ask.validator._slow, "cpu_seconds", 3600.0)
     with pytest.raises(RequestError, match=reason) as raised:
         ask(spec)
     assert raised.value.param == "response_format"
@@ -253,13 +255,14 @@ def test_owners_take_turns(new: Callable[..., Asked], lane: str) -> None:
     asked = new()
     validator = asked.validator
     validator._fast.places = validator._slow.places = 1
-    # Each trial takes more processor time than the least that a timer can give, and so moves to the
-    # slow lane.
+    # Each trial takes more processor time than the least that a timer can give, which is 20 ms with
+    # some kernels, and so moves to the slow lane.
     validator._fast.cpu_seconds = 3600 if lane == "_fast" else 1e-6
+    validator._slow.cpu_seconds = 3600
     order: list[str] = []
 
     async def one(name: str) -> None:
-        number = 20_011 + int(name, base=16)
+        number = 60_013 + int(name, base=16)
         await validator.validate(schema({"type": "integer", "multipleOf": number}), owner=name[0])
         order.append(name)
 
@@ -506,20 +509,22 @@ def test_what_has_passed_is_not_tried_again(ask: Asked) -> None:
     before it, it is another grammar."""
     good = named("good")
     ask(good)
-    trials = ask.trials
 
     async def work(validator: GrammarValidator) -> None:
         costly = asyncio.create_task(validator.validate(hostile(77), "one"))
         await until(lambda: bool(validator._running))
+        # On a busy machine the costly one may be in the slow lane by now, in a second trial.
+        trials = ask.trials
         coroutine = validator.validate(good, "one")
         with pytest.raises(StopIteration):
             coroutine.send(None)  # returns without waiting
+        assert ask.trials == trials
         costly.cancel()
 
     ask.run(work)
-    assert ask.trials == trials + 1
+    trials = ask.trials
     ask(msgspec.structs.replace(good, reasoning_end="</think>"))
-    assert ask.trials > trials + 1
+    assert ask.trials > trials
 
 
 @pytest.mark.parametrize("limit", ["_MAX_CACHED", "_MAX_CACHED_CHARACTERS"])
