@@ -211,8 +211,8 @@ class Compilation:
     def capture_graphs(self, keys: Collection[GraphKey], on_progress: CaptureProgress) -> None:
         """Capture graphs at a start-up: those of the program that the cache has, if there is one
         and it passes, and otherwise those of the model's own code; then a compilation is under way.
-        Raises what `startup.capture_graphs` does, and KeyboardInterrupt
-        between two graphs if Ctrl-C is pressed."""
+        Raises what `startup.capture_graphs` does, and KeyboardInterrupt between two graphs if
+        Ctrl-C is pressed."""
         compiler = self._compiler
         with deferred_interrupts() as check_interrupt:
 

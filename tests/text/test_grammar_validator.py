@@ -193,7 +193,8 @@ def test_what_would_stop_an_engine_is_refused(
 ) -> None:
     """The refusal names the field, the process can be used again, and a second request costs no
     trial."""
-    if reason != "processor time":  # To find another one takes a fifth of the limit, or all of it.
+    if reason != "processor time":
+        # A slow machine may reach the limit before another reason is found.
         monkeypatch.setattr(ask.validator._slow, "cpu_seconds", 3600.0)
     with pytest.raises(RequestError, match=reason) as raised:
         ask(spec)
